@@ -1,0 +1,1 @@
+"""What to choose: spaces, costs, budgets and the search over allocations. Knows nothing of torch, ray, sql or http."""

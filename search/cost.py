@@ -1,0 +1,64 @@
+"""What a choice costs in one resource: units × schemes tables that add up to a total."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.inventory import Inventory, Layer
+from search.scheme import Scheme
+from search.space import Space
+
+Resource = Literal["size_bytes", "avg_bits", "bitops"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Total = constant + Σ_u table[u, choice_u]; `table` is units × schemes, inf where a scheme is not allowed."""
+
+    resource: Resource
+    table: NDArray[np.float64]
+    constant: float
+
+    def total(self, choice: NDArray[np.int64]) -> float:
+        """The cost of an allocation, given as a scheme index for every unit."""
+        return float(self.constant + self.table[np.arange(len(choice)), choice].sum())
+
+    @property
+    def smallest(self) -> float:
+        """The least total of the space."""
+        return float(self.constant + self.table.min(axis=1).sum())
+
+    @property
+    def largest(self) -> float:
+        """The greatest total of the space."""
+        return float(self.constant + np.where(np.isfinite(self.table), self.table, -np.inf).max(axis=1).sum())
+
+
+def cost_tables(space: Space, inventory: Inventory) -> dict[Resource, Cost]:
+    """`size_bytes` (whole model, what is not searched at 16 bits), `avg_bits` (stored bits per searched weight, scales
+    and zero points counted) and `bitops` (MACs × weight bits × activation bits of one token or image)."""
+    bits = _table(space, lambda layer, scheme: scheme.storage_bits(layer.rows, layer.columns))
+    bitops = _table(space, lambda layer, scheme: layer.macs * scheme.weight_bits * scheme.activation_bits)
+    searched = sum(unit.weights for unit in space.units)
+    unsearched_bytes = 2.0 * (inventory.parameters - searched)
+    unsearched_bitops = float(sum(layer.macs * 16 * 16 for layer in space.ignored))
+    return {
+        "size_bytes": Cost("size_bytes", bits / 8, unsearched_bytes),
+        "avg_bits": Cost("avg_bits", bits / searched, 0.0),
+        "bitops": Cost("bitops", bitops, unsearched_bitops),
+    }
+
+
+def _table(space: Space, of_layer: Callable[[Layer, Scheme], int]) -> NDArray[np.float64]:
+    table = np.array(
+        [
+            [float(sum(of_layer(layer, scheme) for layer in unit.layers)) for scheme in space.schemes]
+            for unit in space.units
+        ]
+    )
+    return np.where(space.allowed, table, np.inf)

@@ -1,0 +1,165 @@
+"""The space of a search: the units of a model × the schemes allowed for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.errors import InvalidRequest, UnsupportedModel
+from search.inventory import Inventory, Layer
+from search.request import SpaceRequest
+from search.scheme import FULL_PRECISION, Scheme
+from search.targets import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Layers that must share a scheme, in network order."""
+
+    name: str
+    layers: tuple[Layer, ...]
+
+    @property
+    def block(self) -> str | None:
+        """The repeated module all its layers stand in."""
+        return self.layers[0].block
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return sum(layer.weights for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Units × schemes. `allowed[u, s]` says whether unit u may take scheme s; every row allows at least one."""
+
+    units: tuple[Unit, ...]
+    schemes: tuple[Scheme, ...]
+    allowed: NDArray[np.bool_]
+    ignored: tuple[Layer, ...]
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All searched layers."""
+        return tuple(layer for unit in self.units for layer in unit.layers)
+
+    def uniform(self, scheme: Scheme) -> NDArray[np.int64] | None:
+        """The choice that gives `scheme` to every unit that is not pinned; None where a unit cannot take it."""
+        column = self.schemes.index(scheme)
+        pinned = self.allowed.sum(axis=1) == 1
+        if not (self.allowed[:, column] | pinned).all():
+            return None
+        return np.where(self.allowed[:, column], column, self.allowed.argmax(axis=1)).astype(np.int64)
+
+
+def build_space(inventory: Inventory, request: SpaceRequest, target: Target) -> Space:
+    """Tie layers into units as `target` fuses them, apply ignores and pins.
+
+    Raises InvalidRequest for a scheme the target refuses, a pin that matches no layer or contradicts another, or a
+    group size that does not divide; UnsupportedModel when nothing is left to search.
+    """
+    schemes = [_accepted(Scheme.parse(text), target) for text in request.schemes]
+    pins = {pattern: _accepted(Scheme.parse(text), target) for pattern, text in request.pin.items()}
+    columns = tuple(sorted({*schemes, *pins.values()}))
+
+    searched = [layer for layer in inventory.layers if not _ignored(layer, request, target)]
+    ignored = tuple(layer for layer in inventory.layers if layer not in searched)
+    for pattern in pins:
+        if not any(_matches(layer, pattern) for layer in searched):
+            raise InvalidRequest(
+                f"the pin '{pattern}' matches no searched layer",
+                field="space.pin",
+                value=pattern,
+                accepted=f"a glob over {_some([layer.name for layer in searched])}",
+            )
+    units = tie(searched, target)
+    if not units:
+        raise UnsupportedModel(
+            f"no layer of this {inventory.architecture} is left to search for target '{target.name}'",
+            field="space.ignore",
+            value=list(request.ignore),
+            accepted=f"patterns that leave at least one of {_some([layer.name for layer in inventory.layers])}",
+        )
+
+    allowed = np.zeros((len(units), len(columns)), dtype=bool)
+    for row, unit in enumerate(units):
+        choices = _pinned(unit, pins) or schemes
+        for scheme in choices:
+            _check_takes(unit, scheme)
+            allowed[row, columns.index(scheme)] = True
+    return Space(tuple(units), columns, allowed, ignored)
+
+
+def tie(layers: list[Layer], target: Target) -> list[Unit]:
+    """Group layers into units: fused siblings of one parent, and the experts of one layer, together."""
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(_unit_name(layer.name, target), []).append(layer)
+    return [Unit(members[0].name if len(members) == 1 else name, tuple(members)) for name, members in groups.items()]
+
+
+def _unit_name(name: str, target: Target) -> str:
+    parent, _, leaf = name.rpartition(".")
+    if target.ties_experts and ".experts." in f"{name}.":
+        return name[: name.index(".experts") + len(".experts")]
+    for siblings in target.fused:
+        if leaf in siblings:
+            return f"{parent}.{'+'.join(siblings)}"
+    return name
+
+
+def _ignored(layer: Layer, request: SpaceRequest, target: Target) -> bool:
+    return target.refuses(layer) is not None or any(_matches(layer, pattern) for pattern in request.ignore)
+
+
+def _matches(layer: Layer, pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in (layer.name, *layer.aliases))
+
+
+def _accepted(scheme: Scheme, target: Target) -> Scheme:
+    reason = target.refuses_scheme(scheme)
+    if reason:
+        raise InvalidRequest(
+            f"target '{target.name}' refuses {scheme}: {reason}", field="space.schemes", value=str(scheme)
+        )
+    return scheme
+
+
+def _pinned(unit: Unit, pins: dict[str, Scheme]) -> list[Scheme]:
+    found = {scheme for pattern, scheme in pins.items() for layer in unit.layers if _matches(layer, pattern)}
+    if len(found) > 1:
+        raise InvalidRequest(
+            f"the pins give {unit.name} several schemes",
+            field="space.pin",
+            value=sorted(str(scheme) for scheme in found),
+            accepted="one scheme for all layers of a unit: " + ", ".join(layer.name for layer in unit.layers),
+        )
+    return list(found)
+
+
+def _check_takes(unit: Unit, scheme: Scheme) -> None:
+    for layer in unit.layers:
+        if not scheme.fits(layer.columns):
+            raise InvalidRequest(
+                f"group size {scheme.group_size} of {scheme} does not divide the {layer.columns} columns "
+                f"of {layer.name}",
+                field="space.schemes",
+                value=str(scheme),
+                accepted=f"a group size that divides {layer.columns}, no group size (one scale per output channel), "
+                f"or '{layer.name}' in space.ignore or pinned in space.pin",
+            )
+        if layer.kind in ("embedding", "experts") and scheme.quantizes_activations and scheme != FULL_PRECISION:
+            raise InvalidRequest(
+                f"{scheme} quantizes activations, which {layer.kind} layer {layer.name} cannot",
+                field="space.schemes",
+                value=str(scheme),
+                accepted=f"a16 schemes, or '{layer.name}' in space.ignore or pinned in space.pin",
+            )
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
