@@ -1,0 +1,1 @@
+"""What it costs: models, quantizers, sensitivities and measurements. Knows search and db; torch lives here."""

@@ -1,0 +1,201 @@
+"""Calibration data: real samples of a data set, drawn by seed into a calibration and a held-out split."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from search.errors import InvalidCalibration
+from search.request import Calibration
+from workers import datasets
+from workers.datasets import Images, Texts
+from workers.models import LoadedModel
+
+Batch = dict[str, Tensor]
+
+LOGITS_PER_BATCH = 2**25
+"""Most logits (positions × vocabulary) in a batch of a language model: 128 MiB in float32."""
+
+SEQUENCES_PER_BATCH = 8
+IMAGES_PER_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Two disjoint splits as batches, and a hash of what is in them.
+
+    A batch has `input_ids` and `attention_mask` (samples × tokens) or `pixel_values` (samples × channels × height ×
+    width), and `labels` (samples) where the data set has them.
+    """
+
+    calibration: list[Batch]
+    held_out: list[Batch]
+    digest: str
+
+
+def load_data(calibration: Calibration, loaded: LoadedModel) -> Data:
+    """Draw `calibration.samples` samples for each split.
+
+    Text is cut into pieces of at most `sequence_length` tokens. The data set is halved first, by position after its
+    documents are shuffled, so that both splits hold different documents.
+    Raises InvalidCalibration when the data set is unknown, empty, of the wrong kind or too short.
+    """
+    name = calibration.dataset or ("python-docs" if loaded.is_text else None)
+    if name is None:
+        raise InvalidCalibration(
+            "image models have no built-in data set",
+            field="calibration.dataset",
+            accepted="a file or folder of the data sets folder, or a Hugging Face data set id",
+        )
+    generator = np.random.default_rng(calibration.seed)
+    found = datasets.load(name)
+    samples = (
+        _text_samples(found, name, calibration, loaded, generator)
+        if loaded.is_text
+        else _image_samples(found, name, loaded, generator)
+    )
+    half = len(samples) // 2
+    if half < calibration.samples:
+        unit = f"sequences of {calibration.sequence_length} tokens" if loaded.is_text else "images"
+        raise InvalidCalibration(
+            f"'{name}' is too short: it gives {len(samples)} {unit}, and two splits of {calibration.samples} are needed",
+            field="calibration.samples",
+            value=calibration.samples,
+            accepted=f"at most {half}" if half >= 2 else "a larger data set, or a shorter calibration.sequence_length",
+        )
+    size = _batch_size(calibration, loaded)
+    splits = []
+    for pool in (samples[:half], samples[half:]):
+        drawn = generator.choice(len(pool), calibration.samples, replace=False)
+        splits.append(_batches([pool[index] for index in sorted(drawn)], size, loaded))
+    return Data(*splits, digest=_digest(splits))
+
+
+def one_item(loaded: LoadedModel) -> Batch:
+    """A smallest input: one token, or one image of zeros in the size that the model's configuration states."""
+    device = loaded.device
+    if loaded.is_text:
+        return {
+            "input_ids": torch.zeros((1, 1), dtype=torch.long, device=device),
+            "attention_mask": torch.ones((1, 1), dtype=torch.long, device=device),
+        }
+    config = getattr(loaded.model, "config", None)
+    size = getattr(config, "image_size", None) or _processor_size(loaded.preprocessor) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = getattr(config, "num_channels", 3)
+    return {"pixel_values": torch.zeros((1, channels, height, width), device=device)}
+
+
+def _processor_size(processor: object) -> tuple[int, int] | None:
+    size = getattr(processor, "crop_size", None) or getattr(processor, "size", None)
+    if size is None:
+        return None
+    edge = size.get("shortest_edge")
+    return (size.get("height", edge), size.get("width", edge))
+
+
+def _text_samples(
+    found: Texts | Images, name: str, calibration: Calibration, loaded: LoadedModel, generator: np.random.Generator
+) -> list[Batch]:
+    if not isinstance(found, Texts):
+        raise _wrong_kind(name, "images", loaded)
+    documents = generator.permutation(len(found.documents))
+    labels = found.labels
+    length, tokenizer = calibration.sequence_length, loaded.preprocessor
+    if loaded.task == "causal-lm":
+        separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        stream = [
+            token
+            for index in documents
+            for token in [*tokenizer(found.documents[index], add_special_tokens=False)["input_ids"], *separator]
+        ]
+        whole = range(0, len(stream) - length + 1, length)
+        return [{"input_ids": torch.tensor(stream[start : start + length])} for start in whole]
+    samples = []
+    for index in documents:
+        encoded = tokenizer(
+            found.documents[index], truncation=True, max_length=length, return_overflowing_tokens=labels is None
+        )
+        pieces = encoded["input_ids"]
+        for piece in pieces if pieces and isinstance(pieces[0], list) else [pieces]:
+            sample = {"input_ids": torch.tensor(piece)}
+            if labels is not None:
+                sample["labels"] = torch.tensor(labels[index])
+            samples.append(sample)
+    return samples
+
+
+def _image_samples(
+    found: Texts | Images, name: str, loaded: LoadedModel, generator: np.random.Generator
+) -> list[Batch]:
+    if not isinstance(found, Images):
+        raise _wrong_kind(name, "text", loaded)
+    samples = []
+    for index in generator.permutation(len(found.images)):
+        image = found.images[index]
+        if isinstance(image, np.ndarray) and image.dtype.kind == "f":
+            pixels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
+        elif loaded.preprocessor is not None:
+            pixels = loaded.preprocessor(image, return_tensors="pt")["pixel_values"][0]
+        else:
+            raise InvalidCalibration(
+                f"'{name}' holds raw images, and the model came without a preprocessor_config.json",
+                field="calibration.dataset",
+                value=name,
+                accepted="a .npz file with float `images` (samples × channels × height × width) as the model takes them",
+            )
+        sample = {"pixel_values": pixels}
+        if found.labels is not None:
+            sample["labels"] = torch.tensor(int(found.labels[index]))
+        samples.append(sample)
+    return samples
+
+
+def _wrong_kind(name: str, kind: str, loaded: LoadedModel) -> InvalidCalibration:
+    return InvalidCalibration(
+        f"'{name}' holds {kind}, which a {loaded.task} model does not take",
+        field="calibration.dataset",
+        value=name,
+        accepted="text" if loaded.is_text else "images",
+    )
+
+
+def _batch_size(calibration: Calibration, loaded: LoadedModel) -> int:
+    if not loaded.is_text:
+        return IMAGES_PER_BATCH
+    if loaded.task == "causal-lm":
+        vocabulary = loaded.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        return int(max(1, min(SEQUENCES_PER_BATCH, LOGITS_PER_BATCH // (calibration.sequence_length * vocabulary))))
+    return SEQUENCES_PER_BATCH
+
+
+def _batches(samples: list[Batch], size: int, loaded: LoadedModel) -> list[Batch]:
+    return [_collate(samples[start : start + size], loaded) for start in range(0, len(samples), size)]
+
+
+def _collate(samples: list[Batch], loaded: LoadedModel) -> Batch:
+    batch: Batch = {}
+    if loaded.is_text:
+        rows = [sample["input_ids"] for sample in samples]
+        padding = getattr(loaded.preprocessor, "pad_token_id", None) or 0
+        batch["input_ids"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+        batch["attention_mask"] = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    else:
+        batch["pixel_values"] = torch.stack([sample["pixel_values"] for sample in samples])
+    if "labels" in samples[0]:
+        batch["labels"] = torch.stack([sample["labels"] for sample in samples])
+    return {key: value.to(loaded.device) for key, value in batch.items()}
+
+
+def _digest(splits: list[list[Batch]]) -> str:
+    total = hashlib.sha256()
+    for split in splits:
+        for batch in split:
+            for key, value in sorted(batch.items()):
+                total.update(f"{key}{tuple(value.shape)}".encode())
+                total.update(value.cpu().numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,211 @@
+"""An evaluator: one copy of a model, its data, and what can be asked of them. Weights are swapped in place, never copied
+per candidate, and the originals always come back bit for bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from search.errors import UnsupportedModel
+from search.inventory import Inventory
+from search.request import Calibration
+from search.scheme import FULL_PRECISION, Scheme
+from workers.calibration import Batch, Data, load_data, one_item
+from workers.layers import CONVOLUTIONS, WeightedLayer, enumerate_layers
+from workers.loss import divergence, next_token_loss
+from workers.models import LoadedModel, load_model
+from workers.prefix import BlockChain, find_chain
+from workers.quantizers import Grid, choose_grid, round_to_grid
+from workers.quantizers.activation import round_activation
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluatorSpec:
+    """What an evaluator is built from: anything that agrees in this may share one."""
+
+    source: str
+    calibration: Calibration
+    quantizer: str = "rtn"
+    device: str = "cpu"
+
+
+class Evaluator:
+    """A model that can be given any allocation and asked for its loss."""
+
+    def __init__(self, loaded: LoadedModel, data: Data, quantizer: str = "rtn") -> None:
+        """Enumerate the model's layers and find its chain of blocks.
+
+        Raises UnsupportedModel when it has no quantizable layer or its output is not finite.
+        """
+        self.loaded = loaded
+        self.data = data
+        self.quantizer = quantizer
+        self.chain = self._find_chain()
+        self.layers = _layers(loaded, self.chain)
+        self._originals = {name: layer.parameter.data for name, layer in self.layers.items()}
+        self._grids: dict[tuple[str, Scheme], Grid] = {}
+        self._applied: dict[str, Scheme] = {}
+        self._references: dict[tuple[str, int], Any] = {}
+        for name, layer in self.layers.items():
+            layer.module.register_forward_pre_hook(self._round_input(name, layer.module))
+
+    @classmethod
+    def build(cls, spec: EvaluatorSpec) -> Evaluator:
+        """Load what `spec` names."""
+        loaded = load_model(spec.source, torch.device(spec.device))
+        return cls(loaded, load_data(spec.calibration, loaded), spec.quantizer)
+
+    @property
+    def inventory(self) -> Inventory:
+        """The model without its weights."""
+        return inventory(self.loaded, self.layers)
+
+    def apply(self, allocation: Mapping[str, Scheme]) -> None:
+        """Give each named layer its scheme and every other layer full precision."""
+        wanted = {name: scheme for name, scheme in allocation.items() if scheme != FULL_PRECISION}
+        for name in self._applied.keys() | wanted.keys():
+            if self._applied.get(name) != wanted.get(name):
+                self.layers[name].parameter.data = self._weight(name, wanted.get(name))
+        self._applied = wanted
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Within, the original weights and activations; then the present allocation again, nothing recomputed."""
+        applied, self._applied = self._applied, {}
+        rounded = {name: self.layers[name].parameter.data for name in applied}
+        try:
+            for name in applied:
+                self.layers[name].parameter.data = self._originals[name]
+            yield
+        finally:
+            for name, weight in rounded.items():
+                self.layers[name].parameter.data = weight
+            self._applied = applied
+
+    def batches(self, split: str) -> list[Batch]:
+        """The batches of "calibration" or "held_out"."""
+        return self.data.calibration if split == "calibration" else self.data.held_out
+
+    def reference(self, split: str, index: int) -> Tensor:
+        """The full-precision output on a batch.
+
+        A language model's logits are not kept but recomputed from its last block's output: they would outweigh the
+        model.
+        """
+        batch, key = self.batches(split)[index], (split, index)
+        with torch.no_grad(), self.full_precision():
+            if self.loaded.task != "causal-lm" or self.chain is None:
+                if key not in self._references:
+                    self._references[key] = self.loaded(batch)
+                output: Tensor = self._references[key]
+                return output
+            last = len(self.chain)
+            if key not in self._references:
+                self._references[key] = self.chain.output_of(last - 1, lambda: self.loaded(batch))
+            with self.chain.resumed(last, self._references[key]):
+                return self.loaded(batch)
+
+    def losses(self, batch: Batch, output: Tensor, reference: Tensor) -> Tensor:
+        """The loss of every sample of a batch, shape (samples,), for `output` against `reference`."""
+        return divergence(self.loaded.task, output, reference, batch.get("attention_mask"))
+
+    @torch.no_grad()
+    def measure(self, allocation: Mapping[str, Scheme], split: str = "held_out") -> dict[str, float]:
+        """`loss` (mean over samples), `loss_stderr`, and `perplexity` or `accuracy` where they exist.
+
+        Raises UnsupportedModel when the output is not finite.
+        """
+        self.apply(allocation)
+        losses, next_token, correct = [], [], []
+        for index, batch in enumerate(self.batches(split)):
+            output = self.loaded(batch)
+            losses.append(self.losses(batch, output, self.reference(split, index)))
+            if self.loaded.task == "causal-lm":
+                next_token.append(next_token_loss(output, batch["input_ids"], batch["attention_mask"]))
+            elif "labels" in batch:
+                correct.append(output.argmax(-1) == batch["labels"])
+        loss = torch.cat(losses).double()
+        if not loss.isfinite().all():
+            raise UnsupportedModel(f"the output of this {self.loaded.architecture} is not finite", field="model")
+        metrics = {"loss": max(float(loss.mean()), 0.0), "loss_stderr": standard_error(loss)}
+        if next_token:
+            metrics["perplexity"] = math.exp(min(float(torch.cat(next_token).double().mean()), 700.0))
+        if correct:
+            metrics["accuracy"] = float(torch.cat(correct).double().mean())
+        return metrics
+
+    def rounding_error(self, name: str, scheme: Scheme) -> float:
+        """‖Q(W) − W‖² of a layer, summed over its weights."""
+        return float((self._weight(name, scheme) - self._originals[name]).double().square().sum())
+
+    def _weight(self, name: str, scheme: Scheme | None) -> Tensor:
+        original = self._originals[name]
+        if scheme is None or not scheme.quantizes_weights:
+            return original
+        layer = self.layers[name]
+        matrix = layer.matrix(original)
+        key = (name, replace(scheme, activation_bits=16))
+        if key not in self._grids:
+            self._grids[key] = choose_grid(matrix, scheme, self.quantizer)
+        return layer.unmatrix(round_to_grid(matrix, self._grids[key], scheme))
+
+    def _round_input(self, name: str, module: nn.Module) -> Any:
+        def round_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            scheme = self._applied.get(name)
+            if scheme is None or not scheme.quantizes_activations:
+                return None
+            return (round_activation(inputs[0], scheme.activation_bits, token_dims(module, inputs[0])), *inputs[1:])
+
+        return round_input
+
+    def _find_chain(self) -> BlockChain | None:
+        batch = {key: value[:1] for key, value in self.data.calibration[0].items()}
+        return find_chain(self.loaded.model, lambda: self.loaded(batch))
+
+
+def describe_model(loaded: LoadedModel) -> Inventory:
+    """The inventory of a model for which there is no data yet."""
+    item = one_item(loaded)
+    return inventory(loaded, _layers(loaded, find_chain(loaded.model, lambda: loaded(item))))
+
+
+def inventory(loaded: LoadedModel, layers: Mapping[str, WeightedLayer]) -> Inventory:
+    """The inventory of a loaded model's enumerated layers."""
+    return Inventory(
+        digest=loaded.digest,
+        architecture=loaded.architecture,
+        task=loaded.task,
+        parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        layers=tuple(weighted.layer for weighted in layers.values()),
+    )
+
+
+def token_dims(module: nn.Module, x: Tensor) -> int:
+    """How many trailing dimensions of a layer's input are one token: an image's all but the first."""
+    return x.dim() - 1 if isinstance(module, CONVOLUTIONS) else 1
+
+
+def standard_error(samples: Tensor) -> float:
+    """Of the mean of independent samples; 0 for a single one, of which nothing is known."""
+    return float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else 0.0
+
+
+def _layers(loaded: LoadedModel, chain: BlockChain | None) -> dict[str, WeightedLayer]:
+    item = one_item(loaded)
+    layers = {weighted.layer.name: weighted for weighted in enumerate_layers(loaded.model, lambda: loaded(item))}
+    if not layers:
+        raise UnsupportedModel(
+            f"{loaded.architecture} has no quantizable layer",
+            field="model",
+            value=loaded.architecture,
+            accepted="models with linear, convolution or embedding layers",
+        )
+    for name, weighted in layers.items():
+        weighted.layer = replace(weighted.layer, block=chain.block_of(name) if chain else None)
+    return layers

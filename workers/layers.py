@@ -1,0 +1,122 @@
+"""Enumerate a model's quantizable layers, and see each one's weight as a rows × columns matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from search.inventory import Layer, LayerKind
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(slots=True)
+class WeightedLayer:
+    """A layer together with the module that runs it and the parameter that holds its weight.
+
+    `transposed` marks weights stored as inputs × outputs (GPT-2's Conv1D, some fused experts).
+    """
+
+    layer: Layer
+    module: nn.Module
+    parameter: nn.Parameter
+    transposed: bool = False
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """`weight`, shaped as the parameter, as rows × columns."""
+        if self.transposed:
+            weight = weight.transpose(-1, -2)
+        columns = weight.shape[-1] if self.layer.kind == "experts" else weight[0].numel()
+        return weight.reshape(-1, columns)
+
+    def unmatrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`."""
+        shape = self.parameter.shape
+        if self.transposed:
+            return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).contiguous()
+        return matrix.reshape(shape)
+
+
+def enumerate_layers(model: nn.Module, run_one_item: Callable[[], object]) -> list[WeightedLayer]:
+    """All quantizable layers that take part in the forward pass of one input item, in the order they first run.
+
+    Linear layers (also GPT-2's transposed ones), convolutions (grouped ones too), embeddings and fused experts.
+    `run_one_item` runs the model on one token or one image; multiply-accumulates are counted in it. Modules that share
+    a weight are one layer with aliases.
+    """
+    found = {name: described for name, module in model.named_modules() for described in _describe(name, module)}
+    macs: dict[str, int] = {}
+    by_module: dict[nn.Module, list[str]] = {}
+    for name, weighted in found.items():
+        by_module.setdefault(weighted.module, []).append(name)
+
+    def count(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        for name in by_module[module]:
+            macs[name] = macs.get(name, 0) + _macs(found[name], inputs, output)
+
+    hooks = [module.register_forward_hook(count) for module in by_module]
+    try:
+        with torch.no_grad():
+            run_one_item()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    layers: dict[int, WeightedLayer] = {}
+    for name, layer_macs in macs.items():
+        weighted = found[name]
+        first = layers.get(id(weighted.parameter))
+        if first is None:
+            weighted.layer = replace(weighted.layer, macs=layer_macs)
+            layers[id(weighted.parameter)] = weighted
+        else:
+            first.layer = replace(
+                first.layer, macs=first.layer.macs + layer_macs, aliases=(*first.layer.aliases, name)
+            )
+    return list(layers.values())
+
+
+def _describe(name: str, module: nn.Module) -> list[WeightedLayer]:
+    if name.rpartition(".")[2] == "experts" and not isinstance(module, nn.ModuleList):
+        return [
+            _weighted(f"{name}.{leaf}", "experts", module, parameter, bool(getattr(module, "is_transposed", False)))
+            for leaf, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() == 3
+        ]
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        return []
+    if isinstance(module, nn.Linear):
+        return [_weighted(name, "linear", module, weight)]
+    if type(module).__name__ == "Conv1D" and weight.dim() == 2:
+        return [_weighted(name, "linear", module, weight, transposed=True)]
+    if isinstance(module, CONVOLUTIONS):
+        return [_weighted(name, "conv", module, weight)]
+    if isinstance(module, nn.Embedding):
+        return [_weighted(name, "embedding", module, weight)]
+    return []
+
+
+def _weighted(
+    name: str, kind: LayerKind, module: nn.Module, parameter: nn.Parameter, transposed: bool = False
+) -> WeightedLayer:
+    weighted = WeightedLayer(Layer(name, kind, 0, 0), module, parameter, transposed)
+    rows, columns = weighted.matrix(parameter.detach()).shape
+    weighted.layer = Layer(name, kind, rows, columns)
+    return weighted
+
+
+def _macs(weighted: WeightedLayer, inputs: tuple[object, ...], output: object) -> int:
+    layer = weighted.layer
+    if layer.kind == "embedding":
+        return 0
+    if layer.kind == "experts":
+        # Inputs of the fused experts are (hidden states, chosen experts, their weights): top-k experts per token.
+        chosen = inputs[1] if len(inputs) > 1 else None
+        active = chosen.numel() if isinstance(chosen, Tensor) else weighted.parameter.shape[0]
+        return layer.weights // weighted.parameter.shape[0] * active
+    assert isinstance(output, Tensor)
+    return output.numel() * layer.columns

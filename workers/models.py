@@ -1,0 +1,212 @@
+"""Load a model from a Hugging Face folder, a hub id or a GGUF file. Safetensors and GGUF only; never remote code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from search.errors import UnsupportedModel
+from search.inventory import Task
+
+TASKS: dict[str, Task] = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForImageClassification": "image-classification",
+    "ForSequenceClassification": "sequence-classification",
+    "Model": "embedding",
+}
+"""What an architecture's name ends with → its task; longer endings first."""
+
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json"]
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model in evaluation mode with what is needed to feed it.
+
+    `digest` is a hash of its weights and configuration; `preprocessor` a tokenizer (text) or image processor (images,
+    None where the model came without one); `pooling` says how an embedding is drawn from token states ("mean", "cls").
+    """
+
+    model: nn.Module
+    task: Task
+    architecture: str
+    digest: str
+    preprocessor: Any = None
+    pooling: str = "mean"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def is_text(self) -> bool:
+        """Whether inputs are tokens."""
+        return self.task != "image-classification"
+
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """The output that the loss is measured on: logits, or one embedding per sequence (samples × features)."""
+        if not self.is_text:
+            output = self.model(batch["pixel_values"])
+            return output if isinstance(output, Tensor) else output.logits
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        if self.task == "embedding":
+            states = self.model(**inputs).last_hidden_state
+            if self.pooling == "cls":
+                return states[:, 0]
+            weights = batch["attention_mask"].unsqueeze(-1).to(states)
+            return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
+        if self.task == "causal-lm":
+            inputs["use_cache"] = False  # type: ignore[assignment]
+        logits: Tensor = self.model(**inputs).logits
+        return logits
+
+
+def load_model(source: str, device: torch.device) -> LoadedModel:
+    """Load `source`: a folder, a `.gguf` file, or a hub id that is not a path here.
+
+    Raises UnsupportedModel when there is no such model, its files are pickles, or its architecture has no known task.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf" and path.is_file():
+        return _load_gguf(path, device)
+    if not path.is_dir():
+        path = _from_hub(source)
+    return _load_folder(path, device)
+
+
+def _load_folder(folder: Path, device: torch.device) -> LoadedModel:
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+    if not (folder / "config.json").is_file():
+        raise UnsupportedModel(
+            f"{folder.name} has no config.json", field="model", value=folder.name, accepted="a Hugging Face model folder"
+        )
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickles = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(kind))
+        raise UnsupportedModel(
+            f"{folder.name} has no safetensors weights"
+            + (f"; {pickles[0]} is a pickle, which can run code when it is loaded" if pickles else ""),
+            field="model",
+            value=folder.name,
+            accepted="weights in .safetensors, or a .gguf file",
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedModel(
+            f"the configuration of {folder.name} cannot be read: {_first_line(error)}", field="model", value=folder.name
+        ) from error
+    architecture = (config.architectures or [type(config).__name__.removesuffix("Config") + "Model"])[0]
+    task = _task(architecture, folder.name)
+    preprocessor = (AutoImageProcessor if task == "image-classification" else AutoTokenizer)
+    return LoadedModel(
+        model=_instantiate(folder, task, config, {}).to(device),
+        task=task,
+        architecture=architecture,
+        digest=_digest([folder / "config.json", *weights]),
+        preprocessor=_preprocessor(preprocessor, folder, required=task != "image-classification"),
+        pooling=_pooling(folder),
+    )
+
+
+def _load_gguf(file: Path, device: torch.device) -> LoadedModel:
+    from transformers import AutoTokenizer
+
+    model = _instantiate(file.parent, "causal-lm", None, {"gguf_file": file.name})
+    return LoadedModel(
+        model=model.to(device),
+        task="causal-lm",
+        architecture=type(model).__name__,
+        digest=_digest([file]),
+        preprocessor=AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name),
+    )
+
+
+def _instantiate(folder: Path, task: Task, config: Any, options: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    classes = {
+        "causal-lm": transformers.AutoModelForCausalLM,
+        "image-classification": transformers.AutoModelForImageClassification,
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "embedding": transformers.AutoModel,
+    }
+    if task == "embedding" and config is not None and config.model_type in ("bert", "roberta", "xlm-roberta"):
+        # The pooled output of these encoders takes no part in a sentence embedding.
+        options = options | {"add_pooling_layer": False}
+    try:
+        model = classes[task].from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
+        )
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+        raise UnsupportedModel(
+            f"{folder.name} cannot be loaded: {_first_line(error)}", field="model", value=folder.name
+        ) from error
+    assert isinstance(model, nn.Module)
+    return model.eval().requires_grad_(False)
+
+
+def _preprocessor(auto: Any, folder: Path, *, required: bool) -> Any:
+    try:
+        return auto.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        if not required:
+            return None
+        raise UnsupportedModel(
+            f"the tokenizer of {folder.name} cannot be loaded: {_first_line(error)}", field="model", value=folder.name
+        ) from error
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise UnsupportedModel(
+            f"'{source}' is neither a registered model nor one that can be fetched from the hub: {_first_line(error)}",
+            field="model",
+            value=source,
+            accepted="a registered name (GET /v1/models), or a Hugging Face id such as org/name",
+        ) from error
+
+
+def _task(architecture: str, name: str) -> Task:
+    for ending, task in TASKS.items():
+        if architecture.endswith(ending):
+            return task
+    raise UnsupportedModel(
+        f"{architecture} of {name} has no task that can be searched",
+        field="model",
+        value=architecture,
+        accepted=[f"…{ending} ({task})" for ending, task in TASKS.items()],
+    )
+
+
+def _pooling(folder: Path) -> str:
+    config = folder / "1_Pooling" / "config.json"
+    if config.is_file() and json.loads(config.read_text()).get("pooling_mode_cls_token"):
+        return "cls"
+    return "mean"
+
+
+def _digest(files: list[Path]) -> str:
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

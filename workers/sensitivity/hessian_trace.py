@@ -1,0 +1,222 @@
+"""Hessian trace (HAWQ-V2, Dong et al., 1911.03852): average trace × squared perturbation, by Hutchinson's estimator.
+
+For layer l with n_l weights and Hessian H_l of the loss,
+
+    ΔL_l(s) ≈ ½ · (Tr(H_l) / n_l) · ‖Q_s(W_l) − W_l‖²        Tr(H_l) = E[v_lᵀ (H v)_l],  v Rademacher
+
+(HAWQ-V2, eq. 4, leaves out Taylor's ½). The loss is the divergence from the model's own output: its gradient is zero at
+full precision, so its Hessian is the Gauss-Newton matrix, positive semidefinite. One probe over all layers gives every
+layer's estimate: terms between layers have mean zero. Activations are treated alike, with the trace with respect to the
+layer's input and the rounding error of that input.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from search.inventory import Layer
+from search.scheme import Scheme
+from search.space import Space
+from workers.evaluator import Evaluator, token_dims
+from workers.quantizers.activation import round_activation
+from workers.sensitivity.table import Table, metric
+from workers.tasks import Compute, Item, Result, Task
+
+PARTS = 4
+"""Each calibration batch is probed in so many parts, each with its own probe: for the same work, independent probes on
+few samples tell more than one probe on many."""
+
+MAX_ROUNDS = 4
+RELATIVE_ERROR = 0.1
+"""Rounds stop when the mean relative standard error of the layers' traces is below this."""
+
+
+@metric("hessian_trace")
+def hessian_trace(compute: Compute, space: Space, batch_sizes: list[int]) -> Table:
+    """Predicted loss increase of every unit at every allowed scheme; each round probes every calibration sample."""
+    names = [layer.name for layer in space.layers]
+    rounded_inputs = [layer.name for layer in _layers_with_rounded_inputs(space)]
+    widths = sorted({scheme.activation_bits for scheme in space.schemes if scheme.quantizes_activations})
+    estimates: list[Result] = []
+    for round_ in range(MAX_ROUNDS):
+        items: list[Item] = [
+            {
+                "batch": batch,
+                "start": start,
+                "samples": -(-size // PARTS),
+                "seed": round_,
+                "layers": names,
+                "inputs": rounded_inputs,
+                "activation_bits": widths,
+            }
+            for batch, size in enumerate(batch_sizes)
+            for start in range(0, size, -(-size // PARTS))
+        ]
+        estimates += compute(PROBE, items)
+        relative_error = _relative_error(_samples(estimates, "weight"))
+        if relative_error < RELATIVE_ERROR:
+            break
+
+    traces = dict(zip(names, _floored(_samples(estimates, "weight")), strict=True))
+    inputs = {
+        width: dict(zip(rounded_inputs, _floored(_samples(estimates, f"a{width}")), strict=True)) for width in widths
+    }
+    errors = compute(ROUNDING_ERROR, [{"layer": layer.name, "schemes": _weight_schemes(space)} for layer in space.layers])
+    rounding = dict(zip(names, errors, strict=True))
+
+    shape = space.allowed.shape
+    weight, weight_var, activation, activation_var = (np.zeros(shape) for _ in range(4))
+    for row, unit in enumerate(space.units):
+        for column, scheme in enumerate(space.schemes):
+            for layer in unit.layers if space.allowed[row, column] else ():
+                if scheme.quantizes_weights:
+                    mean, error = traces[layer.name]
+                    half_square = rounding[layer.name][_weight_only(scheme)] / 2
+                    weight[row, column] += mean * half_square
+                    weight_var[row, column] += (error * half_square) ** 2
+                if scheme.quantizes_activations:
+                    mean, error = inputs[scheme.activation_bits][layer.name]
+                    activation[row, column] += mean
+                    activation_var[row, column] += error**2
+    return Table(
+        np.where(space.allowed, weight + activation, np.inf),
+        np.where(space.allowed, np.sqrt(weight_var + activation_var), np.inf),
+        {
+            "average_trace": {name: mean for name, (mean, _) in traces.items()},
+            "relative_error": relative_error,
+            "probes": len(estimates),
+            "weight": weight.tolist(),
+            "activation": activation.tolist(),
+        },
+    )
+
+
+def _samples(estimates: list[Result], part: str) -> NDArray[np.float64]:
+    """Probes × layers."""
+    return np.array([estimate[part] for estimate in estimates])
+
+
+def _relative_error(samples: NDArray[np.float64]) -> float:
+    mean, error = _mean_and_error(samples)
+    return float((error / np.maximum(np.abs(mean), 1e-300)).clip(0, 1).mean())
+
+
+def _mean_and_error(samples: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return samples.mean(axis=0), samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
+
+
+def _floored(samples: NDArray[np.float64]) -> list[tuple[float, float]]:
+    """Mean and standard error per layer. The trace is positive: an estimate lost in noise counts as that noise."""
+    mean, error = _mean_and_error(samples)
+    return [(max(float(m), float(e)), float(e)) for m, e in zip(mean, error, strict=True)]
+
+
+def _layers_with_rounded_inputs(space: Space) -> list[Layer]:
+    rounds = np.array([scheme.quantizes_activations for scheme in space.schemes])
+    rows = (space.allowed & rounds).any(axis=1)
+    return [layer for unit, row in zip(space.units, rows, strict=True) if row for layer in unit.layers]
+
+
+def _weight_only(scheme: Scheme) -> str:
+    return str(Scheme(scheme.weight_bits, 16, scheme.group_size, scheme.symmetric))
+
+
+def _weight_schemes(space: Space) -> list[str]:
+    return sorted({_weight_only(scheme) for scheme in space.schemes if scheme.quantizes_weights})
+
+
+def _rounding_error(evaluator: Evaluator, item: Item) -> Result:
+    columns = evaluator.layers[item["layer"]].layer.columns
+    schemes = [scheme for text in item["schemes"] if (scheme := Scheme.parse(text)).fits(columns)]
+    return {str(scheme): evaluator.rounding_error(item["layer"], scheme) for scheme in schemes}
+
+
+def _probe(evaluator: Evaluator, item: Item) -> Result:
+    """v_lᵀ(Hv)_l / n_l of every layer, H being the Hessian of the mean loss of a few samples.
+
+    For activations, the average trace with respect to the layer's input is multiplied by ½‖Q(X) − X‖² of the same
+    samples at once: both belong to them.
+    """
+    evaluator.apply({})
+    index, chosen = item["batch"], slice(item["start"], item["start"] + item["samples"])
+    batch = {key: value[chosen] for key, value in evaluator.batches("calibration")[index].items()}
+    reference = evaluator.reference("calibration", index)[chosen]
+    generator = torch.Generator(evaluator.loaded.device).manual_seed(
+        (item["seed"] * 100_003 + index) * 1_009 + item["start"]
+    )
+    weights = [evaluator.layers[name].parameter for name in item["layers"]]
+    with ExitStack() as stack:
+        # Fused attention has no second derivative.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        modules = [evaluator.layers[name].module for name in item["inputs"]]
+        inputs = stack.enter_context(_InputShifts(modules, item["activation_bits"]))
+        for weight in weights:
+            weight.requires_grad_(True)
+            stack.callback(weight.requires_grad_, False)
+        loss = evaluator.losses(batch, evaluator.loaded(batch), reference).mean()
+        variables = [*weights, *inputs.shifts]
+        traces = _hutchinson(torch.autograd.grad(loss, variables, create_graph=True), variables, generator)
+    rounded = {
+        f"a{width}": [t * e / 2 for t, e in zip(traces[len(weights) :], inputs.errors(width), strict=True)]
+        for width in item["activation_bits"]
+    }
+    return {"weight": traces[: len(weights)], **rounded}
+
+
+def _hutchinson(gradients: tuple[Tensor, ...], variables: list[Tensor], generator: torch.Generator) -> list[float]:
+    """v·(Hv) / n of every variable, for one Rademacher v over all of them."""
+    probe = [
+        torch.randint(0, 2, variable.shape, generator=generator, device=variable.device).to(variable).mul_(2).sub_(1)
+        for variable in variables
+    ]
+    products = torch.autograd.grad(gradients, variables, grad_outputs=probe)
+    return [float((v * hv).sum(dtype=torch.float64)) / v.numel() for v, hv in zip(probe, products, strict=True)]
+
+
+class _InputShifts:
+    """Within, each module's input carries a zero shift of which derivatives can be taken; inputs are noted."""
+
+    def __init__(self, modules: list[nn.Module], widths: list[int]) -> None:
+        self._modules = modules
+        self._widths = widths
+        self._noted: dict[nn.Module, tuple[Tensor, dict[int, float]]] = {}
+
+    def __enter__(self) -> _InputShifts:
+        self._hooks = [module.register_forward_pre_hook(self._shift) for module in self._modules]
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def shifts(self) -> list[Tensor]:
+        """One per module, shaped as its input."""
+        return [self._noted[module][0] for module in self._modules]
+
+    def errors(self, width: int) -> list[float]:
+        """‖Q(X) − X‖² of every module's input at `width` bits."""
+        return [self._noted[module][1][width] for module in self._modules]
+
+    def _shift(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = inputs[0]
+        shift = torch.zeros_like(x, requires_grad=True)
+        with torch.no_grad():
+            rounded = {width: round_activation(x, width, token_dims(module, x)) for width in self._widths}
+            errors = {width: float((q - x).double().square().sum()) for width, q in rounded.items()}
+        self._noted[module] = (shift, errors)
+        return (x + shift, *inputs[1:])
+
+
+PROBE = Task("hessian_trace.probe", 1, _probe)
+"""Item: samples of a batch, a seed, layers. Result: each layer's average trace ("weight"), and the predicted loss of
+rounding its input ("a8", …)."""
+
+ROUNDING_ERROR = Task("rounding_error", 1, _rounding_error, uses_data=False)
+"""Item: a layer and weight schemes. Result: scheme → ‖Q(W) − W‖²."""

@@ -1,0 +1,72 @@
+"""Tasks: pure functions of an evaluator and a small item, whose results are kept by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from search import allocation
+from workers.evaluator import Evaluator
+
+Item = dict[str, Any]
+"""Plain JSON: it is part of the result's key."""
+Result = dict[str, Any]
+"""Plain JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A named function; `version` is raised when its results change, `uses_data` says whether they depend on the data."""
+
+    name: str
+    version: int
+    run: Callable[[Evaluator, Item], Result]
+    uses_data: bool = True
+
+
+class Compute(Protocol):
+    """Runs a task on many items, reusing stored results; results come in the items' order."""
+
+    def __call__(self, task: Task, items: Sequence[Item], /) -> list[Result]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What every result of a search depends on besides its task and item."""
+
+    model_digest: str
+    data_digest: str
+    quantizer: str
+
+    def key(self, task: Task, item: Item) -> str:
+        """Content key of a result."""
+        data = self.data_digest if task.uses_data else None
+        return content_key([task.name, task.version, self.model_digest, data, self.quantizer, item])
+
+
+def content_key(content: object) -> str:
+    """SHA-256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _describe(evaluator: Evaluator, _item: Item) -> Result:
+    return {
+        "inventory": evaluator.inventory.to_json(),
+        "data_digest": evaluator.data.digest,
+        "batch_sizes": [len(next(iter(batch.values()))) for batch in evaluator.batches("calibration")],
+        "full_precision": evaluator.measure({}),
+    }
+
+
+def _measure(evaluator: Evaluator, item: Item) -> Result:
+    return dict(evaluator.measure(allocation.from_json(item)))
+
+
+DESCRIBE = Task("describe", 1, _describe)
+"""Item: empty. Result: the inventory, the data's digest, the sizes of the calibration batches and the full-precision metrics."""
+
+MEASURE = Task("measure", 1, _measure)
+"""Item: layer → scheme text. Result: the metrics of `Evaluator.measure`."""
