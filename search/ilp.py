@@ -217,7 +217,8 @@ class _Program:
         for x, at in zip(self._x, self._at, strict=True):
             value[at] = x.varValue or 0.0
         price = sum((cost.table / max(cost.largest, 1e-300) for cost in tables), np.zeros(self._shape))
-        return np.where(value > 1e-6, price, np.inf).argmin(axis=1).astype(np.int64)
+        cheapest: NDArray[np.int64] = np.where(value > 1e-6, price, np.inf).argmin(axis=1).astype(np.int64)
+        return cheapest
 
     def reduced_costs(self) -> NDArray[np.float64]:
         """In units of the loss; 0 for closed choices."""
@@ -232,4 +233,5 @@ class _Program:
             chosen[at] = x.varValue or 0.0
         if not np.allclose(chosen.sum(axis=1), 1, atol=1e-4) or (np.abs(chosen - chosen.round()) > 1e-4).any():
             return None
-        return chosen.argmax(axis=1).astype(np.int64)
+        choice: NDArray[np.int64] = chosen.argmax(axis=1).astype(np.int64)
+        return choice

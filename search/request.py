@@ -14,7 +14,7 @@ ModelName = Annotated[
     str,
     StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=200),
 ]
-Pattern = Annotated[str, StringConstraints(min_length=1, max_length=300)]
+Pattern = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_length=300)]
 Metric = Literal["hessian_trace", "kl"]
 
 

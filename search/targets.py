@@ -26,33 +26,52 @@ class Target:
     refuses_scheme: Callable[[Scheme], str | None]
 
 
-# The names under which model families keep what runtimes merge: Llama-like and BERT-like attention, ViT, gated MLPs.
+# The names under which model families keep what runtimes merge: Llama-like, BERT-like and DistilBERT's attention,
+# DeepSeek's latent attention, gated MLPs.
 FUSED_SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
 
+# vLLM builds most of these without a quantization config, whatever the checkpoint says.
+_VLLM_HEADS = {"lm_head", "embed_out", "classifier", "pre_classifier", "score", "pooler", "cls", "mlm_head"}
+_VLLM_ROUTERS = {"gate", "router", "shared_expert_gate"}
+
 
 def _vllm_refuses(layer: Layer) -> str | None:
-    if layer.kind in ("embedding", "conv"):
-        return f"vLLM keeps {layer.kind} layers at full precision"
-    if layer.name.split(".")[-1] in ("lm_head", "classifier", "score", "pooler") or "pooler" in layer.name:
-        return "vLLM keeps output heads and poolers at full precision"
+    parts = layer.name.split(".")
+    if layer.kind == "conv":
+        return "vLLM does not quantize convolutions"
+    if layer.kind == "embedding":
+        return "vLLM loads a quantized embedding in some models only"
+    if _VLLM_HEADS.intersection(parts):
+        return "vLLM loads quantized heads and poolers in some models only"
+    if parts[-1] in _VLLM_ROUTERS:
+        return "vLLM keeps routers at full precision"
+    if len(parts) == 1:
+        return "vLLM takes a name without a dot for a kind of layer"
     return None
 
 
 def _vllm_refuses_scheme(scheme: Scheme) -> str | None:
-    if not scheme.quantizes_weights:
-        return None
+    # Weight-only: 2 to 8 bits, symmetric or not, per channel or grouped, all have a kernel.
     if not scheme.quantizes_activations:
-        if not scheme.symmetric and scheme.weight_bits not in (4, 8):
-            return "vLLM loads asymmetric weights at 4 and 8 bits only"
         return None
-    if scheme == Scheme(8, 8):
-        return None
-    return "vLLM multiplies quantized activations only as w8a8 with one scale per output channel"
+    if scheme.activation_bits != 8:
+        return (
+            f"vLLM has no kernel for {scheme.activation_bits}-bit activations that it would not replace by a wider one"
+        )
+    if scheme.group_size is not None:
+        return "vLLM multiplies grouped weights with 16-bit activations, whatever the checkpoint says"
+    if scheme.weight_bits == 4:
+        return "vLLM multiplies 4-bit weights with 16-bit activations on most devices"
+    if scheme.weight_bits == 8 and not scheme.symmetric:
+        return "vLLM's INT8 kernels take symmetric weights only"
+    return None
 
 
 TARGETS = {

@@ -62,17 +62,18 @@ def load_data(calibration: Calibration, loaded: LoadedModel) -> Data:
     if half < calibration.samples:
         unit = f"sequences of {calibration.sequence_length} tokens" if loaded.is_text else "images"
         raise InvalidCalibration(
-            f"'{name}' is too short: it gives {len(samples)} {unit}, and two splits of {calibration.samples} are needed",
+            f"'{name}' is too short: it gives {len(samples)} {unit}, "
+            f"and two splits of {calibration.samples} are needed",
             field="calibration.samples",
             value=calibration.samples,
             accepted=f"at most {half}" if half >= 2 else "a larger data set, or a shorter calibration.sequence_length",
         )
     size = _batch_size(calibration, loaded)
-    splits = []
+    splits: list[list[Batch]] = []
     for pool in (samples[:half], samples[half:]):
         drawn = generator.choice(len(pool), calibration.samples, replace=False)
         splits.append(_batches([pool[index] for index in sorted(drawn)], size, loaded))
-    return Data(*splits, digest=_digest(splits))
+    return Data(splits[0], splits[1], _digest(splits))
 
 
 def one_item(loaded: LoadedModel) -> Batch:
@@ -146,7 +147,7 @@ def _image_samples(
                 f"'{name}' holds raw images, and the model came without a preprocessor_config.json",
                 field="calibration.dataset",
                 value=name,
-                accepted="a .npz file with float `images` (samples × channels × height × width) as the model takes them",
+                accepted="a .npz file with float `images` (samples × channels × height × width), model-ready",
             )
         sample = {"pixel_values": pixels}
         if found.labels is not None:
@@ -183,7 +184,9 @@ def _collate(samples: list[Batch], loaded: LoadedModel) -> Batch:
         rows = [sample["input_ids"] for sample in samples]
         padding = getattr(loaded.preprocessor, "pad_token_id", None) or 0
         batch["input_ids"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
-        batch["attention_mask"] = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        batch["attention_mask"] = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(row) for row in rows], batch_first=True
+        )
     else:
         batch["pixel_values"] = torch.stack([sample["pixel_values"] for sample in samples])
     if "labels" in samples[0]:

@@ -1,5 +1,7 @@
-"""An evaluator: one copy of a model, its data, and what can be asked of them. Weights are swapped in place, never copied
-per candidate, and the originals always come back bit for bit."""
+"""An evaluator: one copy of a model, its data, and what can be asked of them.
+
+Weights are swapped in place, never copied per candidate, and the originals always come back bit for bit.
+"""
 
 from __future__ import annotations
 

@@ -73,9 +73,7 @@ def enumerate_layers(model: nn.Module, run_one_item: Callable[[], object]) -> li
             weighted.layer = replace(weighted.layer, macs=layer_macs)
             layers[id(weighted.parameter)] = weighted
         else:
-            first.layer = replace(
-                first.layer, macs=first.layer.macs + layer_macs, aliases=(*first.layer.aliases, name)
-            )
+            first.layer = replace(first.layer, macs=first.layer.macs + layer_macs, aliases=(*first.layer.aliases, name))
     return list(layers.values())
 
 

@@ -12,9 +12,9 @@ from search.inventory import Task
 def divergence(task: Task, output: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tensor:
     """Loss of every sample of a batch, shape (samples,), 0 when `output` equals `reference`.
 
-    Classification: KL(reference ‖ output) in nats of logits samples × classes. Causal language models: the mean of the
-    same over the sequence's positions (samples × positions × vocabulary; `mask` says which positions count). Embeddings:
-    1 − cosine of samples × features.
+    Classification: KL(reference ‖ output) in nats, of logits samples × classes. Causal language models: its mean over
+    the positions that `mask` keeps, of logits samples × positions × vocabulary. Embeddings: 1 − cosine of samples ×
+    features.
     """
     if task == "embedding":
         return 1 - F.cosine_similarity(output, reference, dim=-1)

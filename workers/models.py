@@ -55,10 +55,11 @@ class LoadedModel:
         """The output that the loss is measured on: logits, or one embedding per sequence (samples × features)."""
         if not self.is_text:
             output = self.model(batch["pixel_values"])
-            return output if isinstance(output, Tensor) else output.logits
+            classified: Tensor = output if isinstance(output, Tensor) else output.logits
+            return classified
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         if self.task == "embedding":
-            states = self.model(**inputs).last_hidden_state
+            states: Tensor = self.model(**inputs).last_hidden_state
             if self.pooling == "cls":
                 return states[:, 0]
             weights = batch["attention_mask"].unsqueeze(-1).to(states)
@@ -87,7 +88,10 @@ def _load_folder(folder: Path, device: torch.device) -> LoadedModel:
 
     if not (folder / "config.json").is_file():
         raise UnsupportedModel(
-            f"{folder.name} has no config.json", field="model", value=folder.name, accepted="a Hugging Face model folder"
+            f"{folder.name} has no config.json",
+            field="model",
+            value=folder.name,
+            accepted="a Hugging Face model folder",
         )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -107,7 +111,7 @@ def _load_folder(folder: Path, device: torch.device) -> LoadedModel:
         ) from error
     architecture = (config.architectures or [type(config).__name__.removesuffix("Config") + "Model"])[0]
     task = _task(architecture, folder.name)
-    preprocessor = (AutoImageProcessor if task == "image-classification" else AutoTokenizer)
+    preprocessor = AutoImageProcessor if task == "image-classification" else AutoTokenizer
     return LoadedModel(
         model=_instantiate(folder, task, config, {}).to(device),
         task=task,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class BlockChain:
         raise RuntimeError(f"block {self.names[index]} did not run")
 
 
-class _Reached(Exception):  # noqa: N818 -- a signal, not an error
+class _Reached(Exception):
     def __init__(self, output: Any) -> None:
         self.output = output
 
@@ -100,10 +101,7 @@ def _is_chain(blocks: list[nn.Module], calls: dict[nn.Module, list[tuple[Any, An
     if any(len(calls.get(block, [])) != 1 for block in blocks):
         return False
     pairs = [calls[block][0] for block in blocks]
-    return all(
-        first is not None and first is _tensor(output)
-        for (_, output), (first, _) in zip(pairs, pairs[1:], strict=False)
-    )
+    return all(first is not None and first is _tensor(output) for (_, output), (first, _) in pairwise(pairs))
 
 
 def _tensor(output: Any) -> Any:

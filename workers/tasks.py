@@ -19,7 +19,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A named function; `version` is raised when its results change, `uses_data` says whether they depend on the data."""
+    """A named function; `version` is raised when its results change; `uses_data`: whether they depend on the data."""
 
     name: str
     version: int
@@ -30,7 +30,9 @@ class Task:
 class Compute(Protocol):
     """Runs a task on many items, reusing stored results; results come in the items' order."""
 
-    def __call__(self, task: Task, items: Sequence[Item], /) -> list[Result]: ...
+    def __call__(self, task: Task, items: Sequence[Item], /) -> list[Result]:
+        """Results in the order of `items`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ def _measure(evaluator: Evaluator, item: Item) -> Result:
 
 
 DESCRIBE = Task("describe", 1, _describe)
-"""Item: empty. Result: the inventory, the data's digest, the sizes of the calibration batches and the full-precision metrics."""
+"""Item: empty. Result: inventory, digest of the data, sizes of the calibration batches, full-precision metrics."""
 
 MEASURE = Task("measure", 1, _measure)
 """Item: layer → scheme text. Result: the metrics of `Evaluator.measure`."""

@@ -14,4 +14,5 @@ def round_activation(x: Tensor, bits: int, token_dims: int = 1) -> Tensor:
     dims = tuple(range(-token_dims, 0))
     most = 2 ** (bits - 1) - 1
     scale = x.abs().amax(dims, keepdim=True).clamp_min(1e-12) / most
-    return (x / scale).round().clamp(-most, most) * scale
+    rounded: Tensor = (x / scale).round().clamp(-most, most) * scale
+    return rounded

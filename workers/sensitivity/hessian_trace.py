@@ -67,7 +67,9 @@ def hessian_trace(compute: Compute, space: Space, batch_sizes: list[int]) -> Tab
     inputs = {
         width: dict(zip(rounded_inputs, _floored(_samples(estimates, f"a{width}")), strict=True)) for width in widths
     }
-    errors = compute(ROUNDING_ERROR, [{"layer": layer.name, "schemes": _weight_schemes(space)} for layer in space.layers])
+    errors = compute(
+        ROUNDING_ERROR, [{"layer": layer.name, "schemes": _weight_schemes(space)} for layer in space.layers]
+    )
     rounding = dict(zip(names, errors, strict=True))
 
     shape = space.allowed.shape

@@ -9,6 +9,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from search.scheme import Scheme
 from search.space import Space, Unit
@@ -39,7 +40,9 @@ def _item(units: list[Unit], rows: list[int], space: Space) -> Item:
             {
                 "name": unit.name,
                 "layers": [layer.name for layer in unit.layers],
-                "schemes": [str(scheme) for scheme, open_ in zip(space.schemes, space.allowed[row], strict=True) if open_],
+                "schemes": [
+                    str(scheme) for scheme, open_ in zip(space.schemes, space.allowed[row], strict=True) if open_
+                ],
             }
             for unit, row in zip(units, rows, strict=True)
         ],
@@ -48,7 +51,8 @@ def _item(units: list[Unit], rows: list[int], space: Space) -> Item:
 
 @torch.no_grad()
 def _divergence(evaluator: Evaluator, item: Item) -> Result:
-    chain, losses = evaluator.chain, {}
+    chain = evaluator.chain
+    losses: dict[tuple[str, str], list[Tensor]] = {}
     start = chain.names.index(item["block"]) if chain and item["block"] else 0
     for index, batch in enumerate(evaluator.batches("calibration")):
         evaluator.apply({})

@@ -1,0 +1,1 @@
+"""What happened: searches, their events, results and candidates, in Postgres."""

@@ -1,0 +1,288 @@
+"""One search from claim to frontier: profile, sensitivity, optimize, measure. Every stage can be done again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sqlalchemy import Engine
+
+from db import queue
+from db.candidates import put_candidates
+from db.events import add_event
+from db.models import get_model, put_model
+from db.results import get_results, put_result
+from db.searches import get_search, set_summary
+from db.tables import Stage
+from search.agreement import spearman
+from search.budget import Bound, check_feasible, cost_bounds
+from search.candidate import Candidate
+from search.cost import Cost, Resource, cost_tables
+from search.errors import UnsupportedModel
+from search.ilp import check_jointly_feasible, frontier
+from search.inventory import Inventory
+from search.proposals import axes, judge, propose
+from search.request import SearchRequest
+from search.space import Space, build_space
+from search.targets import find_target
+from workers.cluster import Pool
+from workers.evaluator import EvaluatorSpec
+from workers.sensitivity import METRICS, Table
+from workers.tasks import DESCRIBE, MEASURE, Content, Item, Result, Task, content_key
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Run:
+    """A claimed search at work. `check` raises when the search must stop (cancelled, lease lost, shutdown)."""
+
+    engine: Engine
+    claim: queue.Claim
+    request: SearchRequest
+    pool: Pool
+    check: Callable[[], None]
+    content: Content | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def enter(self, stage: Stage, total: int) -> None:
+        """Say that a stage begins with `total` steps ahead."""
+        self.check()
+        add_event(self.engine, self.claim.search_id, "stage", {"stage": stage, "total": total})
+        queue.progress(self.engine, self.claim, stage, 0, total)
+
+    def notice(self, message: str) -> None:
+        """Tell the person something they may want to know."""
+        add_event(self.engine, self.claim.search_id, "notice", {"message": message})
+
+    def save(self) -> None:
+        """Store the summary as it is."""
+        set_summary(self.engine, self.claim, self.summary)
+
+    def compute(
+        self,
+        task: Task,
+        items: Sequence[Item],
+        stage: Stage,
+        done: Callable[[int, Result], None] = lambda _index, _result: None,
+    ) -> list[Result]:
+        """Results of `task` on `items`, in order: stored ones are reused, each new one is stored as soon as it comes.
+
+        `done` hears of each result as it comes.
+        """
+        assert self.content is not None
+        keys = [self.content.key(task, item) for item in items]
+        results: dict[int, Result] = {}
+        stored = get_results(self.engine, keys)
+
+        def finish(index: int, result: Result) -> None:
+            results[index] = result
+            done(index, result)
+            queue.progress(self.engine, self.claim, stage, len(results), len(items))
+
+        for index, key in enumerate(keys):
+            if key in stored:
+                finish(index, stored[key])
+        missing = [index for index, key in enumerate(keys) if key not in stored]
+        self.summary["reused"] = self.summary.get("reused", 0) + len(stored)
+        self.summary["computed"] = self.summary.get("computed", 0) + len(missing)
+        began = time.monotonic()
+        for position, result in self.pool.map(task.run, [items[index] for index in missing]):
+            seconds, began = time.monotonic() - began, time.monotonic()
+            put_result(self.engine, keys[missing[position]], task.name, result, seconds)
+            self.check()
+            finish(missing[position], result)
+        return [results[index] for index in range(len(items))]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What is known before anything is quantized."""
+
+    inventory: Inventory
+    space: Space
+    costs: dict[Resource, Cost]
+    bounds: list[Bound]
+    batch_sizes: list[int]
+
+
+def evaluator_spec(engine: Engine, request: SearchRequest) -> EvaluatorSpec:
+    """Where the requested model comes from (a registered source, or the hub), and the data to feed it."""
+    model = get_model(engine, request.model)
+    if model is None and "/" not in request.model:
+        raise UnsupportedModel(
+            f"there is no registered model '{request.model}'",
+            field="model",
+            value=request.model,
+            accepted="a registered name (GET /v1/models), or a Hugging Face id such as org/name",
+        )
+    return EvaluatorSpec(
+        source=model.source if model else request.model,
+        calibration=request.calibration,
+        quantizer=request.space.quantizer,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+
+
+def run_search(
+    engine: Engine, claim: queue.Claim, pool_for: Callable[[EvaluatorSpec], Pool], check: Callable[[], None]
+) -> None:
+    """Do what is left of a claimed search, and finish it.
+
+    Raises BitfrontierError with the reason when it cannot be done, what `check` raises when it must stop, and
+    queue.LeaseLost when the search is no longer ours.
+    """
+    search = get_search(engine, claim.search_id)
+    request = SearchRequest.model_validate(search.request)
+    run = Run(engine, claim, request, pool_for(evaluator_spec(engine, request)), check)
+    profile = profile_model(run)
+    tables = fill_tables(run, profile)
+    candidates = optimize(run, profile, tables)
+    candidates = measure(run, profile, candidates)
+    run.summary["agreement"] = agreement(candidates)
+    queue.succeed(engine, claim, run.summary)
+
+
+def profile_model(run: Run) -> Profile:
+    """Load the model, enumerate layers, tie units, fill the cost tables; refuse what cannot be met."""
+    run.enter("profile", 1)
+    ((_, described),) = run.pool.map(DESCRIBE.run, [{}])
+    inventory = Inventory.from_json(described["inventory"])
+    request, spec = run.request, run.pool.spec
+    put_model(run.engine, request.model, spec.source, inventory)
+    run.content = Content(inventory.digest, described["data_digest"], request.space.quantizer)
+
+    space = build_space(inventory, request.space, find_target(request.target))
+    costs = cost_tables(space, inventory)
+    bounds = cost_bounds(request.budgets.named())
+    check_feasible(bounds, costs)
+    check_jointly_feasible(costs, bounds)
+    run.summary |= {
+        "model_digest": inventory.digest,
+        "data_digest": described["data_digest"],
+        "task": inventory.task,
+        "architecture": inventory.architecture,
+        "device": _device_name(spec.device),
+        "units": [
+            {"name": unit.name, "layers": [layer.name for layer in unit.layers], "block": unit.block}
+            for unit in space.units
+        ],
+        "layers": [
+            {"name": layer.name, "kind": layer.kind, "block": layer.block}
+            | {"rows": layer.rows, "columns": layer.columns, "macs": layer.macs}
+            for layer in space.layers
+        ],
+        "schemes": [str(scheme) for scheme in space.schemes],
+        "axes": axes(bounds),
+        "feasible": {name: {"min": cost.smallest, "max": cost.largest} for name, cost in costs.items()},
+        "full_precision": {
+            name: value for name, value in described["full_precision"].items() if not name.startswith("loss")
+        },
+        "tables": {},
+    }
+    run.save()
+    queue.progress(run.engine, run.claim, "profile", 1, 1)
+    return Profile(inventory, space, costs, bounds, described["batch_sizes"])
+
+
+def fill_tables(run: Run, profile: Profile) -> dict[str, Table]:
+    """Each metric fills its table; each finished table is a row, keyed by content."""
+    tables: dict[str, Table] = {}
+    for metric in run.request.sensitivity:
+        run.enter("sensitivity", len(profile.space.units))
+        began = time.monotonic()
+        table = METRICS[metric](
+            lambda task, items: run.compute(task, items, "sensitivity"), profile.space, profile.batch_sizes
+        )
+        document = _table_document(metric, profile.space, table)
+        key = content_key(["sensitivity", document])
+        put_result(run.engine, key, "sensitivity", document, time.monotonic() - began)
+        run.summary["tables"][metric] = key
+        run.save()
+        tables[metric] = table
+    return tables
+
+
+def optimize(run: Run, profile: Profile, tables: dict[str, Table]) -> list[Candidate]:
+    """Sweep the budget on each metric's predictions; propose what to measure."""
+    run.enter("optimize", len(tables))
+    request, sweeps = run.request, {}
+    for done, (metric, table) in enumerate(tables.items(), start=1):
+        solutions = frontier(
+            table.values, profile.costs, profile.bounds, axes(profile.bounds)[0], request.optimizer.points
+        )
+        unproved = sum(solution.status != "optimal" for solution in solutions)
+        if unproved:
+            run.notice(f"{unproved} of the {len(solutions)} integer programs on {metric} hit their time limit")
+        sweeps[metric] = [solution.choice for solution in solutions if solution.choice is not None]
+        queue.progress(run.engine, run.claim, "optimize", done, len(tables))
+    predicted = {metric: table.values for metric, table in tables.items()}
+    return propose(profile.space, profile.costs, predicted, sweeps, request.optimizer.evaluations)
+
+
+def measure(run: Run, profile: Profile, candidates: list[Candidate]) -> list[Candidate]:
+    """Measure every candidate on the held-out split, uniform baselines first; judge as results come."""
+    run.enter("measure", len(candidates))
+    limit, over = run.request.budgets.loss_increase, axes(profile.bounds)
+
+    def measured(index: int, metrics: Result) -> None:
+        candidates[index] = replace(candidates[index], metrics=metrics)
+        candidates[:] = judge(candidates, profile.bounds, limit, over)
+        candidate = candidates[index]
+        put_candidates(run.engine, run.claim, candidates)
+        described = {"number": candidate.number, "label": candidate.label, "source": candidate.source}
+        add_event(
+            run.engine,
+            run.claim.search_id,
+            "measured",
+            described | {"loss": candidate.loss, "costs": candidate.costs},
+        )
+
+    run.compute(MEASURE, [dict(candidate.allocation) for candidate in candidates], "measure", measured)
+    if not any(candidate.fits for candidate in candidates):
+        losses = [candidate.loss for candidate in candidates if candidate.loss is not None]
+        run.notice(
+            f"no measured configuration keeps every budget; the least measured loss is {min(losses):.3g}"
+            if losses
+            else "nothing was measured"
+        )
+    return candidates
+
+
+def agreement(candidates: Sequence[Candidate]) -> dict[str, dict[str, float | int | None]]:
+    """Rank correlation of each metric's predictions with the measured losses."""
+    measured = [candidate for candidate in candidates if candidate.loss is not None]
+    losses = [candidate.loss for candidate in measured if candidate.loss is not None]
+    metrics = measured[0].predicted if measured else {}
+    return {
+        metric: {
+            "spearman": spearman([candidate.predicted[metric] for candidate in measured], losses),
+            "points": len(measured),
+        }
+        for metric in metrics
+    }
+
+
+def _table_document(metric: str, space: Space, table: Table) -> Result:
+    return {
+        "metric": metric,
+        "units": [unit.name for unit in space.units],
+        "schemes": [str(scheme) for scheme in space.schemes],
+        "values": _finite(table.values),
+        "stderr": _finite(table.stderr),
+        "details": table.details,
+    }
+
+
+def _finite(values: NDArray[np.float64]) -> list[list[float | None]]:
+    return [[float(value) if np.isfinite(value) else None for value in row] for row in values]
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
