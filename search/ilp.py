@@ -176,8 +176,8 @@ class _Program:
         self._scale = scale
         self._shape = loss.shape
         self._at = [(int(u), int(s)) for u, s in np.argwhere(open_)]
-        self._x = [pulp.LpVariable(f"x_{u}_{s}", cat=pulp.LpBinary) for u, s in self._at]
         self._problem = pulp.LpProblem("allocation", pulp.LpMinimize)
+        self._x = [self._problem.add_variable(f"x_{u}_{s}", cat=pulp.LpBinary) for u, s in self._at]
         self._problem += pulp.LpAffineExpression(
             (x, float(loss[at]) * scale) for x, at in zip(self._x, self._at, strict=True)
         )

@@ -63,13 +63,13 @@ class SpaceRequest(_Strict):
 class Budgets(_Strict):
     """Upper bounds, all of which hold. At least one is named."""
 
-    avg_bits: float | None = Field(None, gt=0)
+    avg_bits: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Stored bits per searched weight; scales and zero points are counted (w4a16g64 is 4.25)."""
-    size_mb: float | None = Field(None, gt=0)
+    size_mb: float | None = Field(None, gt=0, allow_inf_nan=False)
     """The whole model in 10⁶ bytes: searched layers at their schemes, everything else at 16 bits."""
-    gbitops: float | None = Field(None, gt=0)
+    gbitops: float | None = Field(None, gt=0, allow_inf_nan=False)
     """10⁹ bit operations for one token or one image: MACs × weight bits × activation bits."""
-    loss_increase: float | None = Field(None, gt=0)
+    loss_increase: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Measured divergence from full precision on the held-out split."""
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ GRAMMAR = (
 _PATTERN = re.compile(r"w(\d{1,2})a(\d{1,2})(?:g(\d{1,3}))?(asym)?")
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Scheme:
     """Weight bits, activation bits, group size along the input (None: per output channel) and symmetry.
 
@@ -56,6 +57,12 @@ class Scheme:
     def __str__(self) -> str:
         group = f"g{self.group_size}" if self.group_size else ""
         return f"w{self.weight_bits}a{self.activation_bits}{group}{'' if self.symmetric else 'asym'}"
+
+    def __lt__(self, other: Scheme) -> bool:
+        return self._fineness() < other._fineness()
+
+    def _fineness(self) -> tuple[int, int, float, bool]:
+        return self.weight_bits, self.activation_bits, 1 / (self.group_size or math.inf), not self.symmetric
 
     @property
     def quantizes_weights(self) -> bool:

@@ -146,7 +146,7 @@ def start_ray() -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     common = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "bitfrontier"}
-    if os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
         ray.init(**common)
         return
     # Ray listens on every interface, and whoever can talk to it can run code here.

@@ -1,0 +1,53 @@
+# `make help` lists the targets. Needs Python 3.11–3.13; everything else is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable
+DEMO_MODEL := all-minilm-l6-v2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up test check bench-smollm2 clean
+
+help: ## Say what each target does
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## Install, search a real model under a budget, and write demo-output/
+	$(BIN)/bitfrontier models add $(DEMO_MODEL) "$$($(BIN)/python scripts/demo_model.py)"
+	$(BIN)/bitfrontier search $(DEMO_MODEL) --target vllm --budget avg_bits=5.25 --local --output demo-output
+
+up: $(VENV)/.demo ## Start the database, the API and a worker, and keep them running
+	$(BIN)/bitfrontier up
+
+test: check ## Everything `check` does, then the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev ## Lint, format, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench-smollm2: $(VENV)/.dev ## Mixed against uniform precision on SmolLM2-135M (fetches 93 MB, takes an hour)
+	$(BIN)/python scripts/fetch_models.py
+	$(BIN)/python -m benchmarks.smollm2
+
+clean: ## Remove what the targets above made, but no service's data
+	rm -rf $(VENV) demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "Python 3.11, 3.12 or 3.13 is needed; name one with: make PYTHON=/path/to/python" >&2; exit 1; }
+	@# Debian keeps ensurepip in a package of its own (python3-venv); pip can install itself without.
+	$(PYTHON) -m venv $(VENV) 2>/dev/null \
+		|| { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+
+# The stamps are newer than what they were made from as long as nothing has to be installed.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV); the first time takes some minutes"
+	$(INSTALL) ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV); the first time takes some minutes"
+	$(INSTALL) ".[demo,dev]"
+	@touch $@ $(VENV)/.demo

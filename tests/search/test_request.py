@@ -1,0 +1,63 @@
+"""What a person may ask: strict, with defaults for all but the model and one budget."""
+
+import pytest
+from pydantic import ValidationError
+
+from search.errors import InvalidRequest
+from search.request import SearchRequest
+
+
+def ask(**changes: object) -> SearchRequest:
+    return SearchRequest.model_validate({"model": "m", "budgets": {"avg_bits": 4.25}} | changes)
+
+
+def test_a_model_and_a_budget_suffice() -> None:
+    request = ask()
+    assert request.budgets.named() == {"avg_bits": 4.25}
+    assert request.sensitivity == ("hessian_trace", "kl")
+
+
+def test_the_examples_in_the_documentation_are_valid() -> None:
+    for example in SearchRequest.model_json_schema()["examples"]:
+        SearchRequest.model_validate(example)
+
+
+def test_a_request_survives_json() -> None:
+    request = ask(space={"pin": {"*.down_proj": "w8a16g64"}}, budgets={"avg_bits": 5, "size_mb": 70})
+    assert SearchRequest.model_validate_json(request.model_dump_json()) == request
+
+
+def test_schemes_are_sorted_and_named_once() -> None:
+    assert ask(space={"schemes": ["w8a16", "w4a16", "w8a16"]}).space.schemes == ("w4a16", "w8a16")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"budgets": {}},
+        {"budgets": {"avg_bits": None}},
+        {"budgets": {"avg_bits": 0}},
+        {"budgets": {"avg_bits": float("nan")}},
+        {"budgets": {"avg_bits": float("inf")}},
+        {"budgets": {"bits": 4}},
+        {"model": "../etc/passwd"},
+        {"model": "https://example.org/model"},
+        {"model": "a/b/c"},
+        {"target": "nothing"},
+        {"sensitivity": []},
+        {"sensitivity": ["guess"]},
+        {"calibration": {"samples": 0}},
+        {"calibration": {"dataset": "../secret"}},
+        {"space": {"ignore": ["a\x00b"]}},
+        {"optimizer": {"evaluations": 0}},
+        {"colour": "blue"},
+    ],
+)
+def test_what_is_not_accepted_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        ask(**changes)
+
+
+def test_an_unknown_scheme_is_refused_with_the_grammar() -> None:
+    with pytest.raises((ValidationError, InvalidRequest), match="not a scheme"):
+        ask(space={"schemes": ["int4"]})
