@@ -1,0 +1,167 @@
+"""The JSON documents the interface answers with."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.frontier import Frontier
+from api.problems import Problem
+from db.searches import Search
+from db.tables import State
+from search.candidate import Candidate
+
+FINISHED = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+
+class Progress(_Document):
+    """How far the present stage is."""
+
+    done: int = Field(examples=[12])
+    total: int = Field(examples=[64])
+
+
+class SearchDocument(_Document):
+    """A search as it stands."""
+
+    id: int = Field(examples=[1])
+    state: State
+    stage: str | None = Field(examples=["measure"])
+    """`profile`, `sensitivity`, `optimize` or `measure`; null before a worker has begun."""
+    progress: Progress
+    model: str = Field(examples=["all-minilm-l6-v2"])
+    target: str = Field(examples=["vllm"])
+    budgets: dict[str, float] = Field(examples=[{"avg_bits": 5.25}])
+    request: dict[str, Any]
+    """The request with every default filled in."""
+    summary: dict[str, Any] | None = None
+    """What is known of the model and the run; grows while the search runs. Left out of lists."""
+    error: Problem | None = None
+    """Why the search failed; while it is queued or running, what ended the attempt before."""
+    cancel_requested: bool
+    attempt: int
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    links: dict[str, str]
+    """`self`, `events`, `frontier`, `sensitivities` and `page`."""
+
+    @classmethod
+    def of(cls, search: Search, *, with_summary: bool = True) -> SearchDocument:
+        """The document of a row."""
+        resource = f"/v1/searches/{search.id}"
+        budgets = search.request["budgets"]
+        return cls(
+            id=search.id,
+            state=search.state,
+            stage=search.stage,
+            progress=Progress(done=search.done, total=search.total),
+            model=search.model,
+            target=search.target,
+            budgets={name: value for name, value in budgets.items() if value is not None},
+            request=search.request,
+            summary=search.summary if with_summary else None,
+            error=Problem.model_validate(search.error) if search.error else None,
+            cancel_requested=search.cancel_requested,
+            attempt=search.attempt,
+            created_at=search.created_at,
+            started_at=search.started_at,
+            finished_at=search.finished_at,
+            links={
+                "self": resource,
+                "events": f"{resource}/events",
+                "frontier": f"{resource}/frontier",
+                "sensitivities": f"{resource}/sensitivities",
+                "page": f"/searches/{search.id}",
+            },
+        )
+
+
+class SearchPage(_Document):
+    """Searches, newest first."""
+
+    searches: list[SearchDocument]
+    next_cursor: int | None
+    """Pass as `cursor` for the next page; null on the last."""
+
+
+class Point(_Document):
+    """A configuration of a search."""
+
+    number: int
+    source: str
+    """`uniform`: every layer alike; else the method that proposed it."""
+    label: str
+    on_frontier: bool
+    """Whether it fits and no other fitting configuration is both cheaper and better."""
+    fits: bool
+    """Whether every budget holds."""
+    costs: dict[str, float]
+    """`size_bytes`, `avg_bits`, `bitops`."""
+    metrics: dict[str, float]
+    """Measured on the held-out split: `loss` and, where they exist, `perplexity` or `accuracy`. Empty: not measured."""
+    predicted: dict[str, float]
+    """Predicted loss by metric."""
+    allocation: dict[str, str]
+    """Layer → scheme."""
+    page: str
+    """Permalink of the point."""
+
+    @classmethod
+    def of(cls, search_id: int, candidate: Candidate) -> Point:
+        """The document of a candidate."""
+        return cls(
+            number=candidate.number,
+            source=candidate.source,
+            label=candidate.label,
+            on_frontier=candidate.on_frontier,
+            fits=candidate.fits,
+            costs=candidate.costs,
+            metrics=candidate.metrics,
+            predicted=candidate.predicted,
+            allocation=candidate.allocation,
+            page=f"/searches/{search_id}/points/{candidate.number}",
+        )
+
+
+class FrontierDocument(_Document):
+    """The measured frontier, with further groups on demand."""
+
+    search: int
+    state: State
+    axes: list[str]
+    """Resources the frontier is drawn over."""
+    budgets: dict[str, float]
+    full_precision: dict[str, float]
+    """What the unquantized model measures."""
+    best: int | None
+    """Number of the point of least loss that fits every budget."""
+    points: list[Point]
+    baselines: list[Point] | None = None
+    """Uniform configurations; those on the frontier are among `points` too."""
+    dominated: list[Point] | None = None
+    """Measured mixed configurations that are not on the frontier."""
+    predicted: list[Point] | None = None
+    """Configurations that were not measured."""
+
+    @classmethod
+    def of(cls, frontier: Frontier, include: set[str]) -> FrontierDocument:
+        """The document of a frontier with the named groups."""
+        best, search = frontier.best, frontier.search
+        groups = {name: [Point.of(search.id, point) for point in getattr(frontier, name)] for name in include}
+        return cls(
+            search=search.id,
+            state=search.state,
+            axes=frontier.axes,
+            budgets=frontier.budgets,
+            full_precision=frontier.full_precision,
+            best=best.number if best else None,
+            points=[Point.of(search.id, point) for point in frontier.points],
+            **groups,
+        )

@@ -1,0 +1,142 @@
+"""A search with its candidates, sorted into what a reader looks for: frontier, baselines, dominated, predicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from db.searches import Search
+from search.budget import BUDGETS, TOLERANCE, cost_bounds
+from search.candidate import Candidate
+from search.pareto import undominated
+
+Included = Literal["baselines", "dominated", "predicted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A point beside the uniform baseline that is best at no larger cost; `ratio` is baseline loss ÷ point loss."""
+
+    baseline: Candidate
+    resource: str
+    ratio: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """A search and all its candidates, in order of their numbers."""
+
+    search: Search
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def axes(self) -> list[str]:
+        """The resources the frontier is drawn over; the first is the main one."""
+        return list((self.search.summary or {}).get("axes") or ["avg_bits"])
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The budgets that were given, by name."""
+        given = self.search.request["budgets"]
+        return {name: given[name] for name in BUDGETS if given.get(name) is not None}
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Resource → its tightest limit, in the units of the costs."""
+        limits: dict[str, float] = {}
+        for bound in cost_bounds(self.budgets):
+            limits[bound.resource] = min(bound.limit, limits.get(bound.resource, np.inf))
+        return limits
+
+    @property
+    def full_precision(self) -> dict[str, float]:
+        """What the unquantized model measures (may be empty)."""
+        return dict((self.search.summary or {}).get("full_precision") or {})
+
+    @property
+    def measured(self) -> list[Candidate]:
+        """Candidates with a measured loss, from the least cost on the main axis."""
+        return sorted((point for point in self.candidates if point.loss is not None), key=self._main_cost)
+
+    @property
+    def points(self) -> list[Candidate]:
+        """The frontier: measured, fitting and undominated, from the least cost on the main axis."""
+        return [point for point in self.measured if point.on_frontier]
+
+    @property
+    def baselines(self) -> list[Candidate]:
+        """Measured uniform configurations."""
+        return [candidate for candidate in self.measured if candidate.source == "uniform"]
+
+    @property
+    def dominated(self) -> list[Candidate]:
+        """Measured mixed configurations that are not on the frontier: dominated, or over a budget."""
+        return [point for point in self.measured if not point.on_frontier and point.source != "uniform"]
+
+    @property
+    def predicted(self) -> list[Candidate]:
+        """Candidates that were not measured."""
+        return [candidate for candidate in self.candidates if candidate.loss is None]
+
+    @property
+    def best(self) -> Candidate | None:
+        """The point of least loss that fits every budget; of equal ones the cheapest."""
+        fitting = [point for point in self.measured if point.fits]
+        return min(fitting, key=lambda p: (p.metrics["loss"], self._main_cost(p)), default=None)
+
+    def included(self, groups: set[Included]) -> list[Candidate]:
+        """The frontier with further groups, each candidate once, in order of their numbers."""
+        chosen = {point.number: point for point in self.points}
+        for group in groups:
+            chosen |= {point.number: point for point in getattr(self, group)}
+        return [chosen[number] for number in sorted(chosen)]
+
+    def line(self, resource: str) -> list[Candidate]:
+        """The fitting measured points that no other dominates in (`resource`, loss), from the least cost."""
+        fitting = [point for point in self.measured if point.fits]
+        if not fitting:
+            return []
+        keep = undominated(np.array([[point.costs[resource], point.metrics["loss"]] for point in fitting]))
+        line = [point for point, kept in zip(fitting, keep, strict=True) if kept]
+        return sorted(line, key=lambda point: point.costs[resource])
+
+    def compare(self, point: Candidate, resource: str | None = None) -> Comparison | None:
+        """`point` beside the best uniform baseline that costs no more of `resource` (default: the main axis).
+
+        None when the point is unmeasured or uniform itself, or cheaper than every baseline.
+        """
+        resource = resource or self.axes[0]
+        if point.loss is None or point.source == "uniform":
+            return None
+        limit = point.costs[resource] * (1 + TOLERANCE)
+        cheaper = [base for base in self.baselines if base.costs[resource] <= limit]
+        if not cheaper:
+            return None
+        baseline = min(cheaper, key=lambda base: base.metrics["loss"])
+        ratio = baseline.metrics["loss"] / point.loss if point.loss > 0 else None
+        return Comparison(baseline, resource, ratio)
+
+    def table(self, groups: set[Included]) -> pd.DataFrame:
+        """One row per candidate, indexed by number: what it is, then costs, metrics and predictions by name."""
+        chosen = self.included(groups)
+        rows = [
+            {
+                "source": point.source,
+                "label": point.label,
+                "on_frontier": point.on_frontier,
+                "fits": point.fits,
+                **point.costs,
+                **point.metrics,
+                **{f"predicted_{metric}": value for metric, value in point.predicted.items()},
+            }
+            for point in chosen
+        ]
+        index = pd.Index([point.number for point in chosen], name="number", dtype="int64")
+        columns = ["source", "label", "on_frontier", "fits"]
+        return pd.DataFrame(rows, index=index) if rows else pd.DataFrame(columns=columns, index=index)
+
+    def _main_cost(self, point: Candidate) -> float:
+        return point.costs[self.axes[0]]

@@ -1,0 +1,1 @@
+"""The results page: templates, and what they show."""

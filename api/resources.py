@@ -1,0 +1,52 @@
+"""How resources and budgets are named and written for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from search.budget import BUDGETS
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceText:
+    """A resource's words: `title` of an axis, `short` name, `unit`, `scale` (shown = stored ÷ scale) and `digits`."""
+
+    title: str
+    short: str
+    phrase: str
+    unit: str
+    scale: float
+    digits: int
+
+    def text(self, stored: float) -> str:
+        """A stored amount with its unit."""
+        return f"{self.number(stored)} {self.unit}"
+
+    def number(self, stored: float) -> str:
+        """A stored amount in the shown unit, without it."""
+        return f"{stored / self.scale:,.{self.digits}f}"
+
+
+RESOURCES = {
+    "avg_bits": ResourceText("Average bits per weight", "Bits per weight", "bits", "bits", 1.0, 2),
+    "size_bytes": ResourceText("Model size, MB", "Size", "size", "MB", 1e6, 1),
+    "bitops": ResourceText(
+        "Bit operations per token or image, 10⁹", "Bit operations", "bit operations", "Gbitops", 1e9, 2
+    ),
+}
+
+
+def budget_text(name: str, value: float) -> str:
+    """`avg_bits ≤ 4.25` in words."""
+    words = {"avg_bits": "{} bits per weight", "size_mb": "{} MB", "gbitops": "{} Gbitops", "loss_increase": "loss {}"}
+    return "≤ " + words.get(name, "{} " + name).format(f"{value:g}")
+
+
+def budget_resource(name: str) -> str:
+    """The resource that a budget bounds."""
+    return BUDGETS[name].resource
+
+
+def loss_text(loss: float | None) -> str:
+    """A loss with three significant digits."""
+    return "—" if loss is None else f"{loss:.3g}" if loss >= 1e-4 or loss == 0 else f"{loss:.2e}"

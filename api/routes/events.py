@@ -1,0 +1,53 @@
+"""The events of a search as a server-sent stream."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from api.dependencies import Database, FoundSearch
+from api.documents import FINISHED
+from api.followers import Followers, wait
+from api.problems import responses
+from db.events import events_after
+from db.searches import get_search
+
+router = APIRouter(prefix="/v1/searches", tags=["searches"])
+
+EventId = Annotated[int | None, Header(ge=0, lt=2**63, description="Resume after this event.")]
+After = Annotated[int, Query(ge=0, lt=2**63, description="Start after this event, when there is no Last-Event-ID.")]
+
+
+@router.get(
+    "/{search_id}/events", responses=responses(404), response_class=EventSourceResponse, summary="Follow a search"
+)
+async def follow(
+    search: FoundSearch, engine: Database, request: Request, last_event_id: EventId = None, after: After = 0
+) -> AsyncIterable[ServerSentEvent]:
+    """`state`, `stage`, `progress`, `measured` and `notice` events; ends after the event of the final state.
+
+    The id of an event is its row: a client that sends `Last-Event-ID` misses nothing and sees nothing twice. Comments
+    keep an idle stream open.
+    """
+    followers: Followers = request.app.state.followers
+    seen = after if last_event_id is None else last_event_id
+    with followers.follow(search.id) as news:
+        while True:
+            finished = search.state in FINISHED
+            events = await run_in_threadpool(events_after, engine, search.id, seen)
+            for event in events:
+                seen = event.id
+                yield ServerSentEvent(
+                    id=str(event.id), event=event.kind, data=event.data | {"at": event.created_at.isoformat()}
+                )
+                if event.kind == "state" and event.data["state"] in FINISHED:
+                    return
+            if not events:
+                if finished:
+                    return
+                await wait(news)
+                search = await run_in_threadpool(get_search, engine, search.id)

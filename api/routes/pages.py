@@ -1,0 +1,101 @@
+"""The results page: searches, a search, a point; and the files they load."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from fastapi.responses import FileResponse, HTMLResponse
+
+from api.dependencies import Database, FoundFrontier, FoundPoint
+from api.documents import FINISHED
+from api.frontier import Frontier
+from api.pages import charts, views
+from api.pages.render import STATIC, page, plotly_script
+from api.pages.strip import allocation_strip
+from api.sensitivities import read_sensitivities
+from db.candidates import candidates
+from db.events import events_after
+from db.searches import list_searches
+from search.errors import NotFound
+from search.exports import EXPORTS
+
+router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
+
+PAGE_LENGTH = 25
+MOST_EVENTS = 10_000
+STAGES = ("profile", "sensitivity", "optimize", "measure")
+SHORTLY = {"Cache-Control": "public, max-age=300"}
+FOR_A_YEAR = {"Cache-Control": "public, max-age=31536000, immutable"}
+STATIC_FILES = {path.name: path for path in STATIC.iterdir() if path.suffix in (".css", ".js", ".svg")}
+
+
+@router.get("/")
+def searches(engine: Database, cursor: Annotated[int | None, Query(ge=1, lt=2**63)] = None) -> HTMLResponse:
+    """All searches, newest first."""
+    found = list_searches(engine, limit=PAGE_LENGTH + 1, before=cursor)
+    listed = found[:PAGE_LENGTH]
+    rows = [Frontier(search, tuple(candidates(engine, search.id))) for search in listed]
+    more = listed[-1].id if len(found) > PAGE_LENGTH else None
+    return page("searches.html", rows=rows, best_verdict=views.best_verdict, next_cursor=more, first=cursor is None)
+
+
+@router.get("/searches/{search_id}")
+def search_page(engine: Database, frontier: FoundFrontier) -> HTMLResponse:
+    """A search: progress while it runs, and its frontier."""
+    return page("search.html", **_search_values(engine, frontier))
+
+
+@router.get("/searches/{search_id}/points/{number}")
+def point_page(engine: Database, frontier: FoundFrontier, point: FoundPoint) -> HTMLResponse:
+    """The permalink of a point."""
+    search = frontier.search
+    summary = search.summary or {}
+    line = [other.number for other in frontier.points]
+    place = line.index(point.number) if point.number in line else None
+    return page(
+        "point.html",
+        search=search,
+        frontier=frontier,
+        point=point,
+        verdict=views.verdict(frontier, point),
+        comparison=frontier.compare(point),
+        metrics=views.metric_rows(frontier, point),
+        strip=allocation_strip(point, summary.get("layers") or []),
+        sensitivities=views.chosen_sensitivities(point, summary, read_sensitivities(engine, search)),
+        exports=list(EXPORTS.values()),
+        previous=line[place - 1] if place else None,
+        following=line[place + 1] if place is not None and place + 1 < len(line) else None,
+    )
+
+
+@router.get("/static/plotly.min.js", response_class=FileResponse)
+def plotly_file() -> FileResponse:
+    """Plotly's script, from the installed package; its address carries the version."""
+    return FileResponse(plotly_script(), media_type="text/javascript", headers=FOR_A_YEAR)
+
+
+@router.get("/static/{name}", response_class=FileResponse)
+def static_file(name: str) -> FileResponse:
+    """A style sheet or script of ours."""
+    if name not in STATIC_FILES:
+        raise NotFound(f"nothing is at /static/{name}")
+    return FileResponse(STATIC_FILES[name], headers=SHORTLY)
+
+
+def _search_values(engine: Database, frontier: Frontier) -> dict[str, Any]:
+    search = frontier.search
+    best = frontier.best
+    events = events_after(engine, search.id, 0, limit=MOST_EVENTS)
+    return {
+        "search": search,
+        "frontier": frontier,
+        "best": best,
+        "best_verdict": views.best_verdict(frontier),
+        "rows": frontier.measured,
+        "payload": charts.payload(frontier),
+        "live": search.state not in FINISHED,
+        "stages": STAGES,
+        "last_event": events[-1].id if events else 0,
+        "notices": [event.data["message"] for event in events if event.kind == "notice"],
+    }

@@ -1,0 +1,177 @@
+"""A search of a small encoder as a worker would leave it: real spaces and costs, made-up losses."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Engine
+
+from db.candidates import put_candidates
+from db.events import add_event
+from db.models import put_model
+from db.queue import claim, fail, progress, succeed
+from db.results import put_result
+from db.searches import create_search, set_summary
+from search.allocation import layer_schemes, to_json
+from search.candidate import Candidate
+from search.cost import cost_tables
+from search.inventory import Inventory, Layer
+from search.pareto import undominated
+from search.request import SearchRequest
+from search.space import build_space
+from search.targets import find_target
+
+MODEL = "all-minilm-l6-v2"
+REQUEST = {
+    "model": MODEL,
+    "target": "vllm",
+    "space": {"schemes": ["w4a16g64", "w5a16g64", "w6a16g64", "w8a16g64"], "quantizer": "mse"},
+    "budgets": {"avg_bits": 5.25, "size_mb": 40},
+    "optimizer": {"points": 16},
+}
+LEASE = timedelta(minutes=5)
+
+
+def encoder(blocks: int = 6, hidden: int = 384) -> Inventory:
+    """A BERT encoder with its embedding and pooler."""
+
+    def block(index: int) -> list[Layer]:
+        name = f"encoder.layer.{index}"
+        shapes = {
+            "attention.self.query": (hidden, hidden),
+            "attention.self.key": (hidden, hidden),
+            "attention.self.value": (hidden, hidden),
+            "attention.output.dense": (hidden, hidden),
+            "intermediate.dense": (4 * hidden, hidden),
+            "output.dense": (hidden, 4 * hidden),
+        }
+        return [Layer(f"{name}.{leaf}", "linear", *shape, shape[0] * shape[1], name) for leaf, shape in shapes.items()]
+
+    layers = [Layer("embeddings.word_embeddings", "embedding", 30522, hidden)]
+    layers += [layer for index in range(blocks) for layer in block(index)]
+    layers += [Layer("pooler.dense", "linear", hidden, hidden, hidden * hidden)]
+    return Inventory("d" * 64, "BertModel", "embedding", 22_713_216, tuple(layers))
+
+
+def store_model(engine: Engine, name: str = MODEL) -> Inventory:
+    """Register the encoder."""
+    inventory = encoder()
+    put_model(engine, name, "somewhere", inventory)
+    return inventory
+
+
+def queued_search(engine: Engine, **changes: Any) -> int:
+    """A search nobody has claimed."""
+    return create_search(engine, SearchRequest.model_validate(REQUEST | changes))[0].id
+
+
+def claimed_search(engine: Engine, **changes: Any) -> tuple[int, Any]:
+    """A running search and the claim on it."""
+    search_id = queued_search(engine, **changes)
+    held = claim(engine, "test-worker", LEASE)
+    assert held is not None
+    assert held.search_id == search_id, "another test has left a search in the queue"
+    return search_id, held
+
+
+def finished_search(engine: Engine, **changes: Any) -> int:
+    """A search that has succeeded, with events, tables and candidates."""
+    search_id, held = claimed_search(engine, **changes)
+    report(engine, held, SearchRequest.model_validate(REQUEST | changes))
+    return search_id
+
+
+def failed_search(engine: Engine, problem: dict[str, Any]) -> int:
+    """A search that has failed with `problem`."""
+    search_id, held = claimed_search(engine)
+    fail(engine, held, problem)
+    return search_id
+
+
+def report(engine: Engine, held: Any, request: SearchRequest) -> None:
+    """Write what a worker writes, from profile to success."""
+    inventory = store_model(engine)
+    summary, candidates = results(engine, inventory, request)
+    for stage in ("profile", "sensitivity", "optimize"):
+        progress(engine, held, stage, 1, 1)
+    set_summary(engine, held, summary)
+    measured = [candidate for candidate in candidates if candidate.metrics]
+    for index, candidate in enumerate(measured):
+        data = {"number": candidate.number, "label": candidate.label, "source": candidate.source}
+        add_event(engine, held.search_id, "measured", data | {"loss": candidate.loss, "costs": candidate.costs})
+        progress(engine, held, "measure", index + 1, len(measured))
+    put_candidates(engine, held, candidates)
+    succeed(engine, held, summary)
+
+
+def results(engine: Engine, inventory: Inventory, request: SearchRequest) -> tuple[dict[str, Any], list[Candidate]]:
+    """A summary and candidates: four uniform ones, a mixed one per budget level, one unmeasured."""
+    space = build_space(inventory, request.space, find_target(request.target))
+    costs = cost_tables(space, inventory)
+    chance = np.random.default_rng(7)
+    depth = np.linspace(1.6, 0.5, len(space.units))
+    weight = np.array([unit.weights for unit in space.units]) / 6e5 * depth * chance.lognormal(0, 0.9, len(space.units))
+    decay = np.array([4.0 ** -(scheme.weight_bits - 4) for scheme in space.schemes])
+    loss = 2.4e-3 * weight[:, None] * decay[None, :]
+
+    def candidate(number: int, source: Any, label: str, choice: Any, *, measured: bool = True) -> Candidate:
+        predicted = float(loss[np.arange(len(choice)), choice].sum())
+        totals = {name: cost.total(choice) for name, cost in costs.items()}
+        value = predicted * float(chance.lognormal(0.05, 0.06))
+        fits = totals["avg_bits"] <= 5.25 and totals["size_bytes"] <= 40e6
+        return Candidate(
+            number, source, label, to_json(layer_schemes(space, choice)),
+            {"hessian_trace": predicted, "kl": predicted * 1.1}, totals,
+            {"loss": value, "loss_stderr": value / 20} if measured else {}, fits=fits and measured,
+        )  # fmt: skip
+
+    uniform = [space.uniform(scheme) for scheme in space.schemes]
+    found = [candidate(n, "uniform", f"uniform {space.schemes[n]}", choice) for n, choice in enumerate(uniform)]
+    choice = np.zeros(len(space.units), dtype=np.int64)
+    steps = [choice.copy()]
+    while (choice < len(space.schemes) - 1).any():
+        room = np.flatnonzero(choice < len(space.schemes) - 1)
+        gain = loss[room, choice[room]] - loss[room, choice[room] + 1]
+        best = room[np.argmax(gain / np.array([space.units[row].weights for row in room]))]
+        choice[best] += 1
+        steps.append(choice.copy())
+    picked = steps[2 :: len(steps) // request.optimizer.points]
+    for number, step in enumerate(picked, start=len(found)):
+        metric = ("hessian_trace", "kl")[number % 2]
+        bits = costs["avg_bits"].total(step)
+        found.append(candidate(number, "ilp", f"{metric} ≤ {bits:.2f} bits", step, measured=number < len(picked) + 3))
+
+    fitting = [c for c in found if c.fits]
+    keep = undominated(np.array([[c.costs["avg_bits"], c.metrics["loss"]] for c in fitting]))
+    on_frontier = {c.number for c, kept in zip(fitting, keep, strict=True) if kept}
+    found = [_marked(c, c.number in on_frontier) for c in found]
+    units = [unit.name for unit in space.units]
+    schemes = [str(scheme) for scheme in space.schemes]
+    tables = {}
+    for metric, factor in (("hessian_trace", 1.0), ("kl", 1.1)):
+        value = {"metric": metric, "units": units, "schemes": schemes, "values": (loss * factor).tolist(),
+                 "stderr": (loss * factor / 15).tolist(), "details": {}}  # fmt: skip
+        tables[metric] = f"{metric}-of-the-example-{len(units)}-{'-'.join(schemes)}"
+        put_result(engine, tables[metric], "sensitivity", value, 1.5)
+    summary = {
+        "model_digest": inventory.digest, "task": inventory.task, "architecture": inventory.architecture,
+        "device": "cpu (2 threads)", "data_digest": "e" * 64, "schemes": schemes, "axes": ["avg_bits"],
+        "units": [{"name": unit.name, "layers": [layer.name for layer in unit.layers], "block": unit.block}
+                  for unit in space.units],
+        "layers": [{"name": layer.name, "kind": layer.kind, "block": layer.block, "rows": layer.rows,
+                    "columns": layer.columns, "macs": layer.macs} for layer in space.layers],
+        "feasible": {name: {"min": cost.smallest, "max": cost.largest} for name, cost in costs.items()},
+        "full_precision": {}, "tables": tables, "reused": 3, "computed": 21,
+        "agreement": {"hessian_trace": {"spearman": 0.96, "points": 20}, "kl": {"spearman": 0.98, "points": 20}},
+    }  # fmt: skip
+    assert all(a.number < b.number for a, b in pairwise(found))
+    return summary, found
+
+
+def _marked(candidate: Candidate, on_frontier: bool) -> Candidate:
+    from dataclasses import replace
+
+    return replace(candidate, on_frontier=on_frontier)
