@@ -36,30 +36,32 @@ def propose(
     down. All uniform baselines come first; the rest of `evaluations` is shared evenly among the metrics, each sweep
     thinned to evenly spaced levels.
     """
-    uniform = {scheme: space.uniform(scheme) for scheme in space.schemes}
-    choices: list[tuple[Source, str, Choice]] = [
-        ("uniform", f"uniform {scheme}", choice) for scheme, choice in uniform.items() if choice is not None
-    ]
-    left = max(0, evaluations - len(choices))
-    shares = [left // len(sweeps) + (index < left % len(sweeps)) for index in range(len(sweeps))] if sweeps else []
-    for (metric, sweep), share in zip(sweeps.items(), shares, strict=True):
-        choices += [("ilp", f"ilp {metric}", choice) for choice in _thinned(sweep, share)]
-
     found: dict[str, Candidate] = {}
-    for source, label, choice in choices:
-        schemes = allocation.layer_schemes(space, choice)
-        key = allocation.digest(schemes)
-        if key not in found:
-            found[key] = Candidate(
-                number=len(found) + 1,
-                source=source,
-                label=label,
-                allocation=allocation.to_json(schemes),
-                predicted={
-                    name: float(table[np.arange(len(choice)), choice].sum()) for name, table in predicted.items()
-                },
-                costs={resource: cost.total(choice) for resource, cost in costs.items()},
-            )
+
+    def describe(source: Source, label: str, choice: Choice) -> Candidate:
+        return Candidate(
+            number=len(found) + 1,
+            source=source,
+            label=label,
+            allocation=allocation.to_json(allocation.layer_schemes(space, choice)),
+            predicted={name: float(table[np.arange(len(choice)), choice].sum()) for name, table in predicted.items()},
+            costs={resource: cost.total(choice) for resource, cost in costs.items()},
+        )
+
+    def key(choice: Choice) -> str:
+        return allocation.digest(allocation.layer_schemes(space, choice))
+
+    for scheme in space.schemes:
+        choice = space.uniform(scheme)
+        if choice is not None:
+            found.setdefault(key(choice), describe("uniform", f"uniform {scheme}", choice))
+    left = max(0, evaluations - len(found))
+    for index, (metric, sweep) in enumerate(sweeps.items()):
+        share = left // (len(sweeps) - index)
+        for choice in _thinned([choice for choice in sweep if key(choice) not in found], share):
+            label = f"{metric}, {costs['avg_bits'].total(choice):.2f} bits"
+            found[key(choice)] = describe("ilp", label, choice)
+            left -= 1
     return list(found.values())
 
 

@@ -95,10 +95,11 @@ class Worker:
                 queue.fail(self._engine, claim, error.problem())
             except (OperationalError, DatabaseUnavailable):
                 raise
-            except Exception:
+            except Exception as error:
                 log.exception("search %d, attempt %d", claim.search_id, claim.attempt)
                 self._drop_pool()
-                problem = BitfrontierError("the worker failed unexpectedly; its log has the details").problem()
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                problem = BitfrontierError(f"the worker failed unexpectedly ({reason}); its log says more").problem()
                 queue.release(self._engine, claim, problem)
 
     def _pool_for(self, spec: EvaluatorSpec) -> Pool:

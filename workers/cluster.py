@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any, Protocol
 
-import ray
 import torch
 
 from search.errors import BitfrontierError
@@ -65,8 +66,8 @@ class RayPool:
 
     def __init__(self, spec: EvaluatorSpec) -> None:
 
-        start_ray()
         self.spec = spec
+        self._ray = ray = start_ray()
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if spec.device == "cuda" else 0
         nodes = [node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]]
@@ -80,6 +81,7 @@ class RayPool:
         """Give each actor one item at a time. Raises what the function raised; a BitfrontierError when actors are lost
         for good."""
 
+        ray = self._ray
         waiting = iter(enumerate(items))
         running: dict[Any, tuple[int, Any]] = {}
 
@@ -110,7 +112,7 @@ class RayPool:
         """Stop the actors."""
 
         for actor in self._actors:
-            ray.kill(actor)
+            self._ray.kill(actor)
 
 
 class WorkersLost(BitfrontierError):
@@ -139,24 +141,27 @@ def open_pool(spec: EvaluatorSpec) -> Pool:
     return pools[kind](spec)
 
 
-def start_ray() -> None:
-    """Join the cluster at `RAY_ADDRESS`, else start Ray on this machine, open to holders of a fresh token only."""
+def start_ray() -> ModuleType:
+    """Ray, joined to the cluster at `RAY_ADDRESS`, else started on this machine, open to holders of a fresh token only.
 
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    common = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "bitfrontier"}
-    if os.environ.get("RAY_ADDRESS", "local") != "local":
-        ray.init(**common)
-        return
+    It is imported here and not before: it reads its authentication from the environment when it is imported.
+    """
+    local = os.environ.get("RAY_ADDRESS", "local") == "local"
     # Ray listens on every interface, and whoever can talk to it can run code here.
-    if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+    if local and not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if not ray.is_initialized():
+        common = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "bitfrontier"}
+        alone = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        ray.init(**common, **(alone if local else {}))
+    module: ModuleType = ray
+    return module
 
 
 def stop_ray() -> None:
     """Leave the cluster; a local one ends."""
-
-    if ray.is_initialized():
-        ray.shutdown()
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()

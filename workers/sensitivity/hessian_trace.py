@@ -33,7 +33,7 @@ PARTS = 4
 few samples tell more than one probe on many."""
 
 MAX_ROUNDS = 4
-RELATIVE_ERROR = 0.1
+RELATIVE_ERROR = 0.2
 """Rounds stop when the mean relative standard error of the layers' traces is below this."""
 
 

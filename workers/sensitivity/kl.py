@@ -5,6 +5,8 @@ Blocks before the unit's own are not run again: their output is computed once pe
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -16,6 +18,9 @@ from search.space import Space, Unit
 from workers.evaluator import Evaluator, standard_error
 from workers.sensitivity.table import Table, metric
 from workers.tasks import Compute, Item, Result, Task
+
+RELATIVE_ERROR = 0.15
+"""A block's batches stop, after two, when the mean relative standard error of its divergences is below this."""
 
 
 @metric("kl")
@@ -52,28 +57,33 @@ def _item(units: list[Unit], rows: list[int], space: Space) -> Item:
 @torch.no_grad()
 def _divergence(evaluator: Evaluator, item: Item) -> Result:
     chain = evaluator.chain
-    losses: dict[tuple[str, str], list[Tensor]] = {}
     start = chain.names.index(item["block"]) if chain and item["block"] else 0
+    pairs = [(unit, text) for unit in item["units"] for text in unit["schemes"]]
+    losses: list[list[Tensor]] = [[] for _ in pairs]
     for index, batch in enumerate(evaluator.batches("calibration")):
         evaluator.apply({})
         reference = evaluator.reference("calibration", index)
-        before = chain.output_of(start - 1, lambda b=batch: evaluator.loaded(b)) if chain and start else None  # type: ignore[misc]
-        for unit in item["units"]:
-            for text in unit["schemes"]:
+        with ExitStack() as stack:
+            if chain and start:
+                before = chain.output_of(start - 1, partial(evaluator.loaded, batch))
+                stack.enter_context(chain.resumed(start, before))
+            for (unit, text), found in zip(pairs, losses, strict=True):
                 evaluator.apply(dict.fromkeys(unit["layers"], Scheme.parse(text)))
-                if chain and start:
-                    with chain.resumed(start, before):
-                        output = evaluator.loaded(batch)
-                else:
-                    output = evaluator.loaded(batch)
-                loss = evaluator.losses(batch, output, reference)
-                losses.setdefault((unit["name"], text), []).append(loss)
+                found.append(evaluator.losses(batch, evaluator.loaded(batch), reference).double())
+        if index and _relative_error(losses) < RELATIVE_ERROR:
+            break
     evaluator.apply({})
     result: Result = {unit["name"]: {} for unit in item["units"]}
-    for (name, text), parts in losses.items():
-        samples = torch.cat(parts).double()
-        result[name][text] = [max(float(samples.mean()), 0.0), standard_error(samples)]
+    for (unit, text), found in zip(pairs, losses, strict=True):
+        samples = torch.cat(found)
+        result[unit["name"]][text] = [max(float(samples.mean()), 0.0), standard_error(samples)]
     return result
+
+
+def _relative_error(losses: list[list[Tensor]]) -> float:
+    samples = torch.stack([torch.cat(found) for found in losses])
+    error = samples.std(dim=1) / samples.shape[1] ** 0.5
+    return float((error / samples.mean(dim=1).clamp_min(1e-300)).clamp(0, 1).mean())
 
 
 DIVERGENCE = Task("kl", 1, _divergence)
