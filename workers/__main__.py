@@ -31,9 +31,11 @@ from workers.pipeline import run_search
 
 log = logging.getLogger("bitfrontier.worker")
 
-LEASE = timedelta(seconds=60)
+LEASE = timedelta(seconds=float(os.environ.get("BITFRONTIER_LEASE_SECONDS", "60")))
+"""How long a silent worker keeps its search."""
+
 HEARTBEAT_SECONDS = 2.0
-POLL_SECONDS = 5.0
+POLL_SECONDS = 2.0
 
 
 class Cancelled(Exception):

@@ -1,0 +1,277 @@
+"""One search from claim to frontier on a real classifier, in real Postgres; and what happens when it is cut short."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sqlalchemy import Engine
+
+from db import queue
+from db.candidates import candidates
+from db.events import events_after
+from db.models import get_model, put_model
+from db.results import get_results
+from db.searches import Search, create_search, get_search
+from search.errors import BitfrontierError, InfeasibleBudget, InvalidRequest
+from search.request import SearchRequest
+from tests import models
+from workers.__main__ import Worker
+from workers.cluster import Function, InProcessPool, Pool
+from workers.evaluator import EvaluatorSpec
+from workers.pipeline import run_search
+from workers.tasks import Item, Result
+
+SCHEMES = ["w2a16", "w3a16", "w4a16", "w8a16"]
+
+
+class Counting(InProcessPool):
+    """Counts what it computes, and dies after so many results."""
+
+    def __init__(self, spec: EvaluatorSpec, lives: float = float("inf")) -> None:
+        super().__init__(spec)
+        self.computed = 0
+        self.lives = lives
+
+    def map(self, function: Function, items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+        for result in super().map(function, items):
+            if self.computed >= self.lives:
+                raise KeyboardInterrupt
+            self.computed += 1
+            yield result
+
+
+@pytest.fixture
+def digits(engine: Engine, model_folder: Callable[[str], Path], datasets_folder: Path) -> Engine:
+    """An engine with the digits ViT registered, and held-out digits in the data sets folder."""
+    images, labels = models.digits_arrays()
+    np.savez(datasets_folder / "digits.npz", images=images[-models.HELD_OUT :], labels=labels[-models.HELD_OUT :])
+    put_model(engine, "digits-vit", str(model_folder("digits_vit")), None)
+    return engine
+
+
+def ask(engine: Engine, **changes: object) -> Search:
+    document = {
+        "model": "digits-vit",
+        "calibration": {"dataset": "digits", "samples": 64},
+        "space": {"schemes": SCHEMES},
+        "budgets": {"avg_bits": 4.5},
+        "optimizer": {"points": 8, "evaluations": 14},
+    }
+    return create_search(engine, SearchRequest.model_validate(document | changes))[0]
+
+
+def claim(engine: Engine, owner: str = "test", seconds: float = 60) -> queue.Claim:
+    claimed = queue.claim(engine, owner, timedelta(seconds=seconds))
+    assert claimed is not None
+    return claimed
+
+
+def work(engine: Engine, pool_for: Callable[[EvaluatorSpec], Pool] = InProcessPool) -> None:
+    run_search(engine, claim(engine), pool_for, lambda: None)
+
+
+def test_a_search_ends_in_a_measured_frontier_that_is_never_above_uniform(digits: Engine) -> None:
+    search = ask(digits)
+    work(digits)
+    done, found = get_search(digits, search.id), candidates(digits, search.id)
+    assert done.state == "succeeded"
+    assert done.summary is not None
+    assert done.summary["full_precision"]["accuracy"] > 0.9
+    frontier = [candidate for candidate in found if candidate.on_frontier]
+    assert all(candidate.costs["avg_bits"] <= 4.5 and candidate.loss is not None for candidate in frontier)
+    assert any(candidate.source == "ilp" for candidate in frontier)
+    for uniform in (candidate for candidate in found if candidate.source == "uniform" and candidate.fits):
+        assert uniform.loss is not None
+        assert any(
+            point.loss is not None
+            and point.loss <= uniform.loss
+            and point.costs["avg_bits"] <= uniform.costs["avg_bits"]
+            for point in frontier
+        )
+    assert {candidate.label for candidate in found if candidate.source == "uniform"} == {
+        f"uniform {scheme}" for scheme in SCHEMES
+    }
+    assert all(0 <= candidate.metrics["accuracy"] <= 1 for candidate in found)
+
+
+def test_the_record_of_a_search_is_complete(digits: Engine) -> None:
+    search = ask(digits)
+    work(digits)
+    kinds = [event.kind for event in events_after(digits, search.id, 0)]
+    stages = [event.data["stage"] for event in events_after(digits, search.id, 0) if event.kind == "stage"]
+    assert stages == ["profile", "sensitivity", "sensitivity", "optimize", "measure"]
+    assert kinds.count("measured") == len(candidates(digits, search.id))
+    summary = get_search(digits, search.id).summary
+    assert summary is not None
+    for metric, key in summary["tables"].items():
+        table = get_results(digits, [key])[key]
+        assert table["metric"] == metric
+        assert np.array(table["values"]).shape == (len(summary["units"]), len(summary["schemes"]))
+        assert summary["agreement"][metric]["spearman"] > 0.5
+    model = get_model(digits, "digits-vit")
+    assert model is not None
+    assert model.inventory is not None
+
+
+def test_another_budget_on_the_same_model_is_nearly_free(digits: Engine) -> None:
+    ask(digits)
+    work(digits)
+    second = ask(digits, budgets={"avg_bits": 3.5})
+    pool = None
+
+    def counting(spec: EvaluatorSpec) -> Pool:
+        nonlocal pool
+        pool = Counting(spec)
+        return pool
+
+    work(digits, counting)
+    summary = get_search(digits, second.id).summary
+    assert summary is not None
+    assert isinstance(pool, Counting)
+    new = {tuple(candidate.allocation.values()) for candidate in candidates(digits, second.id)}
+    assert pool.computed <= 1 + len(new)
+    assert summary["reused"] > 5 * summary["computed"] / 2
+
+
+def test_the_same_request_gives_the_same_frontier(digits: Engine) -> None:
+    first, second = ask(digits), ask(digits)
+    work(digits)
+    # Without what the first one stored.
+    from sqlalchemy import text
+
+    with digits.begin() as connection:
+        connection.execute(text("DELETE FROM results"))
+    work(digits)
+    assert candidates(digits, first.id) == candidates(digits, second.id)
+
+
+def test_a_killed_attempt_loses_at_most_the_task_it_was_in(digits: Engine) -> None:
+    whole = Counting(EvaluatorSpec("", SearchRequest(model="m", budgets={"avg_bits": 4}).calibration))
+    ask(digits)
+
+    def counted(spec: EvaluatorSpec) -> Pool:
+        whole.spec = spec
+        return whole
+
+    work(digits, counted)
+    from sqlalchemy import text
+
+    with digits.begin() as connection:
+        connection.execute(text("DELETE FROM results"))
+
+    search, pools = ask(digits), []
+    for lives in (5, 5, float("inf")):
+
+        def dying(spec: EvaluatorSpec, lives: float = lives) -> Pool:
+            pools.append(Counting(spec, lives))
+            return pools[-1]
+
+        attempt = claim(digits, f"worker with {lives} lives", seconds=0.05)
+        try:
+            run_search(digits, attempt, dying, lambda: None)
+        except KeyboardInterrupt:
+            time.sleep(0.1)
+    assert get_search(digits, search.id).state == "succeeded"
+    # Every attempt describes the model again; nothing else is computed twice.
+    assert sum(pool.computed for pool in pools) - len(pools) == whole.computed - 1
+
+
+def test_budgets_that_cannot_hold_are_refused_with_the_least_that_can(digits: Engine) -> None:
+    ask(digits, budgets={"avg_bits": 1.5})
+    with pytest.raises(InfeasibleBudget) as refused:
+        work(digits)
+    assert refused.value.problem()["accepted"]["minimum"] > 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"model": "nobody"}, "model"),
+        ({"model": "nobody/nothing"}, "model"),
+        ({"calibration": {"dataset": "nothing"}}, "calibration.dataset"),
+        ({"calibration": {"dataset": "python-docs"}}, "calibration.dataset"),
+        ({"calibration": {"dataset": "digits", "samples": 4000}}, "calibration.samples"),
+        ({"space": {"schemes": SCHEMES, "pin": {"nowhere": "w8a16"}}}, "space.pin"),
+        ({"space": {"schemes": ["w4a16g128"]}}, "space.schemes"),
+    ],
+)
+def test_a_bad_request_fails_with_a_problem_that_names_the_field(
+    digits: Engine, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], field: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ask(digits, **changes)
+    with pytest.raises(BitfrontierError) as refused:
+        work(digits)
+    problem = refused.value.problem()
+    assert problem["status"] == 422
+    assert problem["field"] == field
+    assert problem["detail"]
+
+
+def test_a_loss_budget_is_a_hard_limit_on_what_was_measured(digits: Engine) -> None:
+    search = ask(digits, budgets={"loss_increase": 0.05})
+    work(digits)
+    found = candidates(digits, search.id)
+    assert any(not candidate.fits for candidate in found)
+    assert all(candidate.loss is not None and candidate.loss <= 0.05 for candidate in found if candidate.fits)
+    assert any(candidate.on_frontier for candidate in found)
+
+
+def test_pins_hold_in_every_candidate(digits: Engine) -> None:
+    search = ask(digits, space={"schemes": SCHEMES, "pin": {"classifier": "w8a16"}})
+    work(digits)
+    assert {candidate.allocation["classifier"] for candidate in candidates(digits, search.id)} == {"w8a16"}
+
+
+@pytest.fixture
+def worker(digits: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    """A worker at work in a thread."""
+    monkeypatch.setenv("BITFRONTIER_POOL", "inprocess")
+    worker = Worker(digits)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    yield worker
+    worker.stop()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "this takes too long"
+        time.sleep(0.05)
+
+
+def test_a_worker_fails_what_cannot_be_done_and_goes_on(digits: Engine, worker: Worker) -> None:
+    bad, good = ask(digits, model="nobody"), ask(digits)
+    wait_for(lambda: get_search(digits, good.id).state == "succeeded")
+    failed = get_search(digits, bad.id)
+    assert failed.state == "failed"
+    assert failed.error is not None
+    assert failed.error["field"] == "model"
+    assert "nobody" in failed.error["detail"]
+
+
+def test_a_running_search_is_cancelled_within_seconds(digits: Engine, worker: Worker) -> None:
+    search = ask(digits, optimizer={"points": 200, "evaluations": 1000})
+    wait_for(lambda: get_search(digits, search.id).stage == "sensitivity")
+    queue.cancel(digits, search.id)
+    wait_for(lambda: get_search(digits, search.id).state == "cancelled", seconds=10)
+
+
+def test_a_stopped_worker_hands_its_search_back(digits: Engine, worker: Worker) -> None:
+    search = ask(digits, optimizer={"points": 200, "evaluations": 1000})
+    wait_for(lambda: get_search(digits, search.id).stage == "sensitivity")
+    worker.stop()
+    wait_for(lambda: get_search(digits, search.id).state == "queued", seconds=10)
+
+
+def test_invalid_request_is_what_a_contradictory_pin_raises(digits: Engine) -> None:
+    ask(digits, space={"schemes": SCHEMES, "pin": {"classifier": "w8a16", "class*": "w4a16"}})
+    with pytest.raises(InvalidRequest, match="several schemes"):
+        work(digits)
