@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, delete
 
 from db import queue
 from db.candidates import candidates
@@ -16,6 +16,7 @@ from db.events import events_after
 from db.models import get_model, put_model
 from db.results import get_results
 from db.searches import Search, create_search, get_search
+from db.tables import ResultRow
 from search.errors import BitfrontierError, InfeasibleBudget, InvalidRequest
 from search.request import SearchRequest
 from tests import models
@@ -72,6 +73,11 @@ def claim(engine: Engine, owner: str = "test", seconds: float = 60) -> queue.Cla
 
 def work(engine: Engine, pool_for: Callable[[EvaluatorSpec], Pool] = InProcessPool) -> None:
     run_search(engine, claim(engine), pool_for, lambda: None)
+
+
+def forget_results(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(delete(ResultRow))
 
 
 def test_a_search_ends_in_a_measured_frontier_that_is_never_above_uniform(digits: Engine) -> None:
@@ -140,11 +146,7 @@ def test_another_budget_on_the_same_model_is_nearly_free(digits: Engine) -> None
 def test_the_same_request_gives_the_same_frontier(digits: Engine) -> None:
     first, second = ask(digits), ask(digits)
     work(digits)
-    # Without what the first one stored.
-    from sqlalchemy import text
-
-    with digits.begin() as connection:
-        connection.execute(text("DELETE FROM results"))
+    forget_results(digits)
     work(digits)
     assert candidates(digits, first.id) == candidates(digits, second.id)
 
@@ -158,10 +160,7 @@ def test_a_killed_attempt_loses_at_most_the_task_it_was_in(digits: Engine) -> No
         return whole
 
     work(digits, counted)
-    from sqlalchemy import text
-
-    with digits.begin() as connection:
-        connection.execute(text("DELETE FROM results"))
+    forget_results(digits)
 
     search, pools = ask(digits), []
     for lives in (5, 5, float("inf")):
