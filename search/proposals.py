@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,46 +23,55 @@ def axes(bounds: Sequence[Bound]) -> list[Resource]:
     return list(dict.fromkeys(bound.resource for bound in bounds)) or ["size_bytes"]
 
 
-def propose(
-    space: Space,
-    costs: Mapping[Resource, Cost],
-    predicted: Mapping[str, NDArray[np.float64]],
-    sweeps: Mapping[str, Sequence[Choice]],
-    evaluations: int,
-) -> list[Candidate]:
-    """Candidates to measure, each allocation once, numbered from 1.
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """Makes candidates of choices: what they cost, and what each metric predicts (tables of units × schemes)."""
 
-    `predicted` and `sweeps` hold, by metric, the units × schemes table and the choices of its sweep from the budget
-    down. All uniform baselines come first; the rest of `evaluations` is shared evenly among the metrics, each sweep
-    thinned to evenly spaced levels.
-    """
-    found: dict[str, Candidate] = {}
+    space: Space
+    costs: Mapping[Resource, Cost]
+    predicted: Mapping[str, NDArray[np.float64]]
 
-    def describe(source: Source, label: str, choice: Choice) -> Candidate:
+    def candidate(self, number: int, source: Source, label: str, choice: Choice) -> Candidate:
+        """An unmeasured candidate."""
+        rows = np.arange(len(choice))
         return Candidate(
-            number=len(found) + 1,
+            number=number,
             source=source,
             label=label,
-            allocation=allocation.to_json(allocation.layer_schemes(space, choice)),
-            predicted={name: float(table[np.arange(len(choice)), choice].sum()) for name, table in predicted.items()},
-            costs={resource: cost.total(choice) for resource, cost in costs.items()},
+            allocation=allocation.to_json(allocation.layer_schemes(self.space, choice)),
+            predicted={metric: float(table[rows, choice].sum()) for metric, table in self.predicted.items()},
+            costs={resource: cost.total(choice) for resource, cost in self.costs.items()},
         )
 
-    def key(choice: Choice) -> str:
-        return allocation.digest(allocation.layer_schemes(space, choice))
+    def baselines(self) -> list[Candidate]:
+        """The uniform configurations of the space, numbered from 1."""
+        uniform = [(scheme, self.space.uniform(scheme)) for scheme in self.space.schemes]
+        choices = [(f"uniform {scheme}", choice) for scheme, choice in uniform if choice is not None]
+        return [self.candidate(number, "uniform", *choice) for number, choice in enumerate(choices, start=1)]
 
-    for scheme in space.schemes:
-        choice = space.uniform(scheme)
-        if choice is not None:
-            found.setdefault(key(choice), describe("uniform", f"uniform {scheme}", choice))
-    left = max(0, evaluations - len(found))
-    for index, (metric, sweep) in enumerate(sweeps.items()):
-        share = left // (len(sweeps) - index)
-        for choice in _thinned([choice for choice in sweep if key(choice) not in found], share):
-            label = f"{metric}, {costs['avg_bits'].total(choice):.2f} bits"
-            found[key(choice)] = describe("ilp", label, choice)
-            left -= 1
-    return list(found.values())
+    def proposals(
+        self, baselines: Sequence[Candidate], sweeps: Mapping[str, Sequence[Choice]], evaluations: int
+    ) -> list[Candidate]:
+        """`baselines` first, then points of the `sweeps` (by metric, from the budget down).
+
+        What `evaluations` leaves after the baselines is shared evenly among the metrics, each sweep thinned to evenly
+        spaced levels; an allocation is proposed once.
+        """
+        found = {_key(candidate): candidate for candidate in baselines}
+        for index, (metric, sweep) in enumerate(sweeps.items()):
+            share = max(0, evaluations - len(found)) // (len(sweeps) - index)
+            new = {}
+            for choice in sweep:
+                label = f"{metric}, {self.costs['avg_bits'].total(choice):.2f} bits"
+                candidate = self.candidate(0, "ilp", label, choice)
+                if _key(candidate) not in found:
+                    new[_key(candidate)] = candidate
+            found |= {_key(candidate): candidate for candidate in _thinned(list(new.values()), share)}
+        return [replace(candidate, number=number) for number, candidate in enumerate(found.values(), start=1)]
+
+
+def _key(candidate: Candidate) -> str:
+    return allocation.digest(allocation.from_json(candidate.allocation))
 
 
 def judge(
@@ -97,9 +106,7 @@ def judge(
     ]
 
 
-def _thinned(sweep: Sequence[Choice], most: int) -> list[Choice]:
-    if most <= 0:
-        return []
-    if len(sweep) <= most:
-        return list(sweep)
-    return [sweep[index] for index in np.unique(np.linspace(0, len(sweep) - 1, most).round().astype(int))]
+def _thinned(candidates: list[Candidate], most: int) -> list[Candidate]:
+    if len(candidates) <= most:
+        return candidates
+    return [candidates[round(level)] for level in np.linspace(0, len(candidates) - 1, most)]

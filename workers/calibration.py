@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from search.errors import InvalidCalibration
@@ -22,6 +25,9 @@ LOGITS_PER_BATCH = 2**25
 
 SEQUENCES_PER_BATCH = 8
 IMAGES_PER_BATCH = 16
+
+POOL = 16
+"""Of a large text, at most so many times the samples needed are tokenized and drawn from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +47,9 @@ def load_data(calibration: Calibration, loaded: LoadedModel) -> Data:
     """Draw `calibration.samples` samples for each split.
 
     Text is cut into pieces of at most `sequence_length` tokens. The data set is halved first, by position after its
-    documents are shuffled, so that both splits hold different documents.
-    Raises InvalidCalibration when the data set is unknown, empty, of the wrong kind or too short.
+    documents are shuffled, so that the splits hold different documents (but for the one that the middle cuts).
+    Raises InvalidCalibration when the data set is unknown, empty, of the wrong kind or too short, its sequences are
+    longer than the model takes, or the model refuses its samples.
     """
     name = calibration.dataset or ("python-docs" if loaded.is_text else None)
     if name is None:
@@ -51,12 +58,13 @@ def load_data(calibration: Calibration, loaded: LoadedModel) -> Data:
             field="calibration.dataset",
             accepted="a file or folder of the data sets folder, or a Hugging Face data set id",
         )
+    _check_length(calibration, loaded)
     generator = np.random.default_rng(calibration.seed)
     found = datasets.load(name)
     samples = (
         _text_samples(found, name, calibration, loaded, generator)
         if loaded.is_text
-        else _image_samples(found, name, loaded, generator)
+        else _image_samples(found, name, calibration, loaded, generator)
     )
     half = len(samples) // 2
     if half < calibration.samples:
@@ -72,7 +80,8 @@ def load_data(calibration: Calibration, loaded: LoadedModel) -> Data:
     splits: list[list[Batch]] = []
     for pool in (samples[:half], samples[half:]):
         drawn = generator.choice(len(pool), calibration.samples, replace=False)
-        splits.append(_batches([pool[index] for index in sorted(drawn)], size, loaded))
+        splits.append(_batches([pool[index] for index in sorted(drawn)], size, name, loaded))
+    _check_taken(splits[0][0], name, loaded)
     return Data(splits[0], splits[1], _digest(splits))
 
 
@@ -87,8 +96,7 @@ def one_item(loaded: LoadedModel) -> Batch:
     config = getattr(loaded.model, "config", None)
     size = getattr(config, "image_size", None) or _processor_size(loaded.preprocessor) or 224
     height, width = (size, size) if isinstance(size, int) else size
-    channels = getattr(config, "num_channels", 3)
-    return {"pixel_values": torch.zeros((1, channels, height, width), device=device)}
+    return {"pixel_values": torch.zeros((1, _channels(loaded), height, width), device=device)}
 
 
 def _processor_size(processor: object) -> tuple[int, int] | None:
@@ -105,24 +113,28 @@ def _text_samples(
     if not isinstance(found, Texts):
         raise _wrong_kind(name, "images", loaded)
     documents = generator.permutation(len(found.documents))
-    labels = found.labels
+    labels, most = found.labels, 2 * POOL * calibration.samples
     length, tokenizer = calibration.sequence_length, loaded.preprocessor
     if loaded.task == "causal-lm":
         separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        stream = [
-            token
-            for index in documents
-            for token in [*tokenizer(found.documents[index], add_special_tokens=False)["input_ids"], *separator]
-        ]
+        stream: list[int] = []
+        for index in documents:
+            stream += [*tokenizer(found.documents[index], add_special_tokens=False)["input_ids"], *separator]
+            if len(stream) >= most * length:
+                break
         whole = range(0, len(stream) - length + 1, length)
         return [{"input_ids": torch.tensor(stream[start : start + length])} for start in whole]
-    samples = []
+    samples: list[Batch] = []
     for index in documents:
+        if len(samples) >= most:
+            break
         encoded = tokenizer(
             found.documents[index], truncation=True, max_length=length, return_overflowing_tokens=labels is None
         )
         pieces = encoded["input_ids"]
         for piece in pieces if pieces and isinstance(pieces[0], list) else [pieces]:
+            if not piece:
+                continue
             sample = {"input_ids": torch.tensor(piece)}
             if labels is not None:
                 sample["labels"] = torch.tensor(labels[index])
@@ -131,17 +143,17 @@ def _text_samples(
 
 
 def _image_samples(
-    found: Texts | Images, name: str, loaded: LoadedModel, generator: np.random.Generator
+    found: Texts | Images, name: str, calibration: Calibration, loaded: LoadedModel, generator: np.random.Generator
 ) -> list[Batch]:
     if not isinstance(found, Images):
         raise _wrong_kind(name, "text", loaded)
     samples = []
-    for index in generator.permutation(len(found.images)):
+    for index in generator.permutation(len(found.images))[: 2 * calibration.samples]:
         image = found.images[index]
         if isinstance(image, np.ndarray) and image.dtype.kind == "f":
             pixels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
         elif loaded.preprocessor is not None:
-            pixels = loaded.preprocessor(image, return_tensors="pt")["pixel_values"][0]
+            pixels = _preprocessed(image, name, loaded)
         else:
             raise InvalidCalibration(
                 f"'{name}' holds raw images, and the model came without a preprocessor_config.json",
@@ -154,6 +166,49 @@ def _image_samples(
             sample["labels"] = torch.tensor(int(found.labels[index]))
         samples.append(sample)
     return samples
+
+
+def _preprocessed(image: Any, name: str, loaded: LoadedModel) -> Tensor:
+    try:
+        if isinstance(image, Path):
+            with Image.open(image) as opened:
+                grey = _channels(loaded) == 1
+                image = np.atleast_3d(np.asarray(opened.convert("L" if grey else "RGB")))
+        processed = loaded.preprocessor(image, input_data_format="channels_last", return_tensors="pt")
+    except (ValueError, OSError) as error:
+        raise InvalidCalibration(
+            f"an image of '{name}' cannot be read: {error}", field="calibration.dataset", value=name
+        ) from error
+    pixels: Tensor = processed["pixel_values"][0]
+    return pixels
+
+
+def _channels(loaded: LoadedModel) -> int:
+    return int(getattr(getattr(loaded.model, "config", None), "num_channels", 3))
+
+
+def _check_length(calibration: Calibration, loaded: LoadedModel) -> None:
+    most = getattr(getattr(loaded.model, "config", None), "max_position_embeddings", None)
+    if loaded.is_text and most is not None and calibration.sequence_length > most:
+        raise InvalidCalibration(
+            f"this {loaded.architecture} takes at most {most} tokens",
+            field="calibration.sequence_length",
+            value=calibration.sequence_length,
+            accepted=f"at most {most}",
+        )
+
+
+def _check_taken(batch: Batch, name: str, loaded: LoadedModel) -> None:
+    try:
+        with torch.no_grad():
+            loaded({key: value[:1] for key, value in batch.items()})
+    except (RuntimeError, ValueError, IndexError) as error:
+        shapes = ", ".join(f"{key} {'×'.join(map(str, value.shape[1:]))}" for key, value in batch.items())
+        raise InvalidCalibration(
+            f"this {loaded.architecture} does not take the samples of '{name}' ({shapes}): {error}",
+            field="calibration.dataset",
+            value=name,
+        ) from error
 
 
 def _wrong_kind(name: str, kind: str, loaded: LoadedModel) -> InvalidCalibration:
@@ -174,7 +229,15 @@ def _batch_size(calibration: Calibration, loaded: LoadedModel) -> int:
     return SEQUENCES_PER_BATCH
 
 
-def _batches(samples: list[Batch], size: int, loaded: LoadedModel) -> list[Batch]:
+def _batches(samples: list[Batch], size: int, name: str, loaded: LoadedModel) -> list[Batch]:
+    shapes = {tuple(sample["pixel_values"].shape) for sample in samples if "pixel_values" in sample}
+    if len(shapes) > 1:
+        raise InvalidCalibration(
+            f"the images of '{name}' come in several shapes: {', '.join(map(str, sorted(shapes)))}",
+            field="calibration.dataset",
+            value=name,
+            accepted="images of one shape",
+        )
     return [_collate(samples[start : start + size], loaded) for start in range(0, len(samples), size)]
 
 

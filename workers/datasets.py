@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class Texts:
 @dataclass(frozen=True, slots=True)
 class Images:
     """Images: arrays (float channels × height × width as the model takes them, or uint8 height × width × channels) or
-    PIL images; with a class index for each where the data set has them."""
+    paths of image files; with a class index for each where the data set has them."""
 
     images: list[Any]
     labels: list[int] | None = None
@@ -90,7 +91,7 @@ def _read(path: Path, name: str) -> Texts | Images:
         raise _refused(name, f"'{path.name}' is of a kind that cannot be read")
     try:
         return READERS[path.suffix](path)
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise _refused(name, f"'{path.name}' cannot be read: {error}") from error
 
 
@@ -109,14 +110,9 @@ def _read_folder(folder: Path, name: str) -> Texts | Images:
 
 
 def _image_folder(folder: Path, files: list[Path]) -> Images:
-    from PIL import Image
-
     classes = sorted({file.parent for file in files if file.parent != folder})
     labelled = bool(classes) and all(file.parent in classes for file in files)
-    return Images(
-        [Image.open(file).convert("RGB") for file in files],
-        [classes.index(file.parent) for file in files] if labelled else None,
-    )
+    return Images(files, [classes.index(file.parent) for file in files] if labelled else None)
 
 
 def _read_text(path: Path) -> Texts:
@@ -128,6 +124,7 @@ def _read_records(records: pd.DataFrame) -> Texts:
     column = next((column for column in TEXT_COLUMNS if column in records), None)
     if column is None:
         raise ValueError(f"no column of {', '.join(TEXT_COLUMNS)} among {', '.join(map(str, records.columns))}")
+    records = records.dropna(subset=[column])
     labels = [int(label) for label in records["label"]] if "label" in records else None
     return Texts([str(text) for text in records[column]], labels)
 
@@ -149,6 +146,8 @@ def _read_arrays(path: Path) -> Images:
     if "images" not in arrays or arrays["images"].ndim != 4:
         raise ValueError("`images` must be an array of four dimensions")
     labels = [int(label) for label in arrays["labels"]] if "labels" in arrays else None
+    if labels is not None and len(labels) != len(arrays["images"]):
+        raise ValueError(f"there are {len(arrays['images'])} `images` and {len(labels)} `labels`")
     return Images(list(arrays["images"]), labels)
 
 

@@ -43,7 +43,7 @@ class Evaluator:
     def __init__(self, loaded: LoadedModel, data: Data, quantizer: str = "rtn") -> None:
         """Enumerate the model's layers and find its chain of blocks.
 
-        Raises UnsupportedModel when it has no quantizable layer or its output is not finite.
+        Raises UnsupportedModel when it has no quantizable layer.
         """
         self.loaded = loaded
         self.data = data
@@ -70,11 +70,11 @@ class Evaluator:
 
     def apply(self, allocation: Mapping[str, Scheme]) -> None:
         """Give each named layer its scheme and every other layer full precision."""
-        wanted = {name: scheme for name, scheme in allocation.items() if scheme != FULL_PRECISION}
-        for name in self._applied.keys() | wanted.keys():
-            if self._applied.get(name) != wanted.get(name):
-                self.layers[name].parameter.data = self._weight(name, wanted.get(name))
-        self._applied = wanted
+        for name in self._applied.keys() | allocation.keys():
+            scheme = allocation.get(name, FULL_PRECISION)
+            if self._applied.get(name, FULL_PRECISION) != scheme:
+                self.layers[name].parameter.data = self._weight(name, scheme)
+                self._applied[name] = scheme
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -146,9 +146,9 @@ class Evaluator:
         """‖Q(W) − W‖² of a layer, summed over its weights."""
         return float((self._weight(name, scheme) - self._originals[name]).double().square().sum())
 
-    def _weight(self, name: str, scheme: Scheme | None) -> Tensor:
+    def _weight(self, name: str, scheme: Scheme) -> Tensor:
         original = self._originals[name]
-        if scheme is None or not scheme.quantizes_weights:
+        if not scheme.quantizes_weights:
             return original
         layer = self.layers[name]
         matrix = layer.matrix(original)
@@ -172,8 +172,20 @@ class Evaluator:
 
 
 def describe_model(loaded: LoadedModel) -> Inventory:
-    """The inventory of a model for which there is no data yet."""
+    """The inventory of a model for which there is no data yet.
+
+    Raises UnsupportedModel when it does not run on one item, or has no quantizable layer.
+    """
     item = one_item(loaded)
+    try:
+        with torch.no_grad():
+            loaded(item)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise UnsupportedModel(
+            f"{loaded.architecture} does not run on one {'token' if loaded.is_text else 'image'}: {error}",
+            field="model",
+            value=loaded.architecture,
+        ) from error
     return inventory(loaded, _layers(loaded, find_chain(loaded.model, lambda: loaded(item))))
 
 

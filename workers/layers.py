@@ -47,7 +47,8 @@ def enumerate_layers(model: nn.Module, run_one_item: Callable[[], object]) -> li
     `run_one_item` runs the model on one token or one image; multiply-accumulates are counted in it. Modules that share
     a weight are one layer with aliases.
     """
-    found = {name: described for name, module in model.named_modules() for described in _describe(name, module)}
+    described = [weighted for name, module in model.named_modules() for weighted in _describe(name, module)]
+    found = {weighted.layer.name: weighted for weighted in described}
     macs: dict[str, int] = {}
     by_module: dict[nn.Module, list[str]] = {}
     for name, weighted in found.items():

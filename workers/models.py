@@ -23,6 +23,10 @@ TASKS: dict[str, Task] = {
 }
 """What an architecture's name ends with → its task; longer endings first."""
 
+POOLING_FILE = "1_Pooling/config.json"
+POOLINGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
+"""`pooling_mode` of a sentence-transformers folder → the flag that said so before version 6 of the library."""
+
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json"]
 
 
@@ -73,7 +77,8 @@ class LoadedModel:
 def load_model(source: str, device: torch.device) -> LoadedModel:
     """Load `source`: a folder, a `.gguf` file, or a hub id that is not a path here.
 
-    Raises UnsupportedModel when there is no such model, its files are pickles, or its architecture has no known task.
+    Raises UnsupportedModel when there is no such model, its files are pickles, damaged or incomplete, it is quantized
+    already, or its architecture has no known task.
     """
     path = Path(source)
     if path.suffix == ".gguf" and path.is_file():
@@ -110,14 +115,14 @@ def _load_folder(folder: Path, device: torch.device) -> LoadedModel:
             f"the configuration of {folder.name} cannot be read: {_first_line(error)}", field="model", value=folder.name
         ) from error
     architecture = (config.architectures or [type(config).__name__.removesuffix("Config") + "Model"])[0]
-    task = _task(architecture, folder.name)
+    task = _task(architecture, config, folder.name)
     preprocessor = AutoImageProcessor if task == "image-classification" else AutoTokenizer
     return LoadedModel(
-        model=_instantiate(folder, task, config, {}).to(device),
+        model=_instantiate(folder, folder.name, task, config, {}).to(device),
         task=task,
         architecture=architecture,
-        digest=_digest([folder / "config.json", *weights]),
-        preprocessor=_preprocessor(preprocessor, folder, required=task != "image-classification"),
+        digest=_digest([folder / "config.json", *weights, *folder.glob(POOLING_FILE)]),
+        preprocessor=_preprocessor(preprocessor, folder, folder.name, required=task != "image-classification"),
         pooling=_pooling(folder),
     )
 
@@ -125,18 +130,19 @@ def _load_folder(folder: Path, device: torch.device) -> LoadedModel:
 def _load_gguf(file: Path, device: torch.device) -> LoadedModel:
     from transformers import AutoTokenizer
 
-    model = _instantiate(file.parent, "causal-lm", None, {"gguf_file": file.name})
+    model = _instantiate(file.parent, file.name, "causal-lm", None, {"gguf_file": file.name})
     return LoadedModel(
         model=model.to(device),
         task="causal-lm",
         architecture=type(model).__name__,
         digest=_digest([file]),
-        preprocessor=AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name),
+        preprocessor=_preprocessor(AutoTokenizer, file.parent, file.name, gguf_file=file.name),
     )
 
 
-def _instantiate(folder: Path, task: Task, config: Any, options: dict[str, Any]) -> nn.Module:
+def _instantiate(folder: Path, name: str, task: Task, config: Any, options: dict[str, Any]) -> nn.Module:
     import transformers
+    from safetensors import SafetensorError
 
     classes = {
         "causal-lm": transformers.AutoModelForCausalLM,
@@ -148,25 +154,34 @@ def _instantiate(folder: Path, task: Task, config: Any, options: dict[str, Any])
         # The pooled output of these encoders takes no part in a sentence embedding.
         options = options | {"add_pooling_layer": False}
     try:
-        model = classes[task].from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
+        model, report = classes[task].from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UnsupportedModel(f"{name} cannot be loaded: {_first_line(error)}", field="model", value=name) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # They were filled with random numbers.
         raise UnsupportedModel(
-            f"{folder.name} cannot be loaded: {_first_line(error)}", field="model", value=folder.name
-        ) from error
+            f"{name} lacks {len(missing)} of its model's tensors, {missing[0]} among them", field="model", value=name
+        )
     assert isinstance(model, nn.Module)
     return model.eval().requires_grad_(False)
 
 
-def _preprocessor(auto: Any, folder: Path, *, required: bool) -> Any:
+def _preprocessor(auto: Any, folder: Path, name: str, *, required: bool = True, **options: str) -> Any:
     try:
-        return auto.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+        return auto.from_pretrained(folder, trust_remote_code=False, **options)
+    except Exception as error:  # of a damaged file the tokenizers library says nothing more specific
         if not required:
             return None
         raise UnsupportedModel(
-            f"the tokenizer of {folder.name} cannot be loaded: {_first_line(error)}", field="model", value=folder.name
+            f"the tokenizer of {name} cannot be loaded: {_first_line(error)}", field="model", value=name
         ) from error
 
 
@@ -185,9 +200,13 @@ def _from_hub(source: str) -> Path:
         ) from error
 
 
-def _task(architecture: str, name: str) -> Task:
+def _task(architecture: str, config: Any, name: str) -> Task:
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel(
+            f"{name} is quantized already", field="model", value=name, accepted="the model in full precision"
+        )
     for ending, task in TASKS.items():
-        if architecture.endswith(ending):
+        if architecture.endswith(ending) and not (task == "embedding" and config.is_encoder_decoder):
             return task
     raise UnsupportedModel(
         f"{architecture} of {name} has no task that can be searched",
@@ -198,10 +217,17 @@ def _task(architecture: str, name: str) -> Task:
 
 
 def _pooling(folder: Path) -> str:
-    config = folder / "1_Pooling" / "config.json"
-    if config.is_file() and json.loads(config.read_text()).get("pooling_mode_cls_token"):
-        return "cls"
-    return "mean"
+    file = folder / POOLING_FILE
+    config = json.loads(file.read_text()) if file.is_file() else {"pooling_mode": "mean"}
+    for mode, older_key in POOLINGS.items():
+        if config.get("pooling_mode") == mode or config.get(older_key):
+            return mode
+    raise UnsupportedModel(
+        f"{folder.name} pools its token states in a way that is not known",
+        field="model",
+        value=folder.name,
+        accepted=list(POOLINGS),
+    )
 
 
 def _digest(files: list[Path]) -> str:

@@ -1,4 +1,7 @@
-"""One search from claim to frontier: profile, sensitivity, optimize, measure. Every stage can be done again."""
+"""One search from claim to frontier: profile, sensitivity, measure (baselines), optimize, measure (proposals).
+
+Every stage can be done again: what was finished is found by its content.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,10 @@ from search.cost import Cost, Resource, cost_tables
 from search.errors import UnsupportedModel
 from search.ilp import check_jointly_feasible, frontier
 from search.inventory import Inventory
-from search.proposals import axes, judge, propose
+from search.proposals import Drafts, axes, judge
 from search.request import SearchRequest
 from search.space import Space, build_space
+from search.surrogate import scheme_factors
 from search.targets import find_target
 from workers.cluster import Pool
 from workers.evaluator import EvaluatorSpec
@@ -143,8 +147,9 @@ def run_search(
     run = Run(engine, claim, request, pool_for(evaluator_spec(engine, request)), check)
     profile = profile_model(run)
     tables = fill_tables(run, profile)
-    candidates = optimize(run, profile, tables)
-    candidates = measure(run, profile, candidates)
+    baselines = measure(run, profile, Drafts(profile.space, profile.costs, _values(tables)).baselines())
+    candidates = measure(run, profile, optimize(run, profile, tables, baselines))
+    tell_if_nothing_fits(run, candidates)
     run.summary["agreement"] = agreement(candidates)
     queue.succeed(engine, claim, run.summary)
 
@@ -185,6 +190,7 @@ def profile_model(run: Run) -> Profile:
             name: value for name, value in described["full_precision"].items() if not name.startswith("loss")
         },
         "tables": {},
+        "correction": {},
     }
     run.save()
     queue.progress(run.engine, run.claim, "profile", 1, 1)
@@ -209,33 +215,53 @@ def fill_tables(run: Run, profile: Profile) -> dict[str, Table]:
     return tables
 
 
-def optimize(run: Run, profile: Profile, tables: dict[str, Table]) -> list[Candidate]:
-    """Sweep the budget on each metric's predictions; propose what to measure."""
+def optimize(run: Run, profile: Profile, tables: dict[str, Table], baselines: Sequence[Candidate]) -> list[Candidate]:
+    """Correct the predictions with the measured baselines, and sweep the budget on each metric's.
+
+    Returns the baselines and the proposals, the latter unmeasured.
+    """
     run.enter("optimize", len(tables))
-    request, sweeps = run.request, {}
+    request, space = run.request, profile.space
+    measured = {candidate.label: candidate.loss for candidate in baselines}
+    uniform = [
+        (column, choice, loss)
+        for column, scheme in enumerate(space.schemes)
+        if (choice := space.uniform(scheme)) is not None and (loss := measured[f"uniform {scheme}"]) is not None
+    ]
+    corrected, sweeps = {}, {}
     for done, (metric, table) in enumerate(tables.items(), start=1):
+        factors = scheme_factors(table.values, uniform)
+        corrected[metric] = table.values * factors
+        texts = [str(scheme) for scheme in space.schemes]
+        run.summary["correction"][metric] = dict(zip(texts, factors.tolist(), strict=True))
         solutions = frontier(
-            table.values, profile.costs, profile.bounds, axes(profile.bounds)[0], request.optimizer.points
+            corrected[metric], profile.costs, profile.bounds, axes(profile.bounds)[0], request.optimizer.points
         )
         unproved = sum(solution.status != "optimal" for solution in solutions)
         if unproved:
             run.notice(f"{unproved} of the {len(solutions)} integer programs on {metric} hit their time limit")
         sweeps[metric] = [solution.choice for solution in solutions if solution.choice is not None]
         queue.progress(run.engine, run.claim, "optimize", done, len(tables))
-    predicted = {metric: table.values for metric, table in tables.items()}
-    return propose(profile.space, profile.costs, predicted, sweeps, request.optimizer.evaluations)
+    run.save()
+    drafts = Drafts(space, profile.costs, corrected)
+    predicted = {candidate.label: candidate.predicted for candidate in drafts.baselines()}
+    baselines = [replace(candidate, predicted=predicted[candidate.label]) for candidate in baselines]
+    return drafts.proposals(baselines, sweeps, request.optimizer.evaluations)
 
 
-def measure(run: Run, profile: Profile, candidates: list[Candidate]) -> list[Candidate]:
-    """Measure every candidate on the held-out split, uniform baselines first; judge as results come."""
-    run.enter("measure", len(candidates))
+def measure(run: Run, profile: Profile, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Measure the candidates that are not yet, on the held-out split; judge all as results come."""
+    judged = list(candidates)
+    waiting = [index for index, candidate in enumerate(judged) if candidate.loss is None]
+    run.enter("measure", len(waiting))
     limit, over = run.request.budgets.loss_increase, axes(profile.bounds)
 
-    def measured(index: int, metrics: Result) -> None:
-        candidates[index] = replace(candidates[index], metrics=metrics)
-        candidates[:] = judge(candidates, profile.bounds, limit, over)
-        candidate = candidates[index]
-        put_candidates(run.engine, run.claim, candidates)
+    def measured(position: int, metrics: Result) -> None:
+        index = waiting[position]
+        judged[index] = replace(judged[index], metrics=metrics)
+        judged[:] = judge(judged, profile.bounds, limit, over)
+        candidate = judged[index]
+        put_candidates(run.engine, run.claim, judged)
         described = {"number": candidate.number, "label": candidate.label, "source": candidate.source}
         add_event(
             run.engine,
@@ -244,15 +270,15 @@ def measure(run: Run, profile: Profile, candidates: list[Candidate]) -> list[Can
             described | {"loss": candidate.loss, "costs": candidate.costs},
         )
 
-    run.compute(MEASURE, [dict(candidate.allocation) for candidate in candidates], "measure", measured)
-    if not any(candidate.fits for candidate in candidates):
-        losses = [candidate.loss for candidate in candidates if candidate.loss is not None]
-        run.notice(
-            f"no measured configuration keeps every budget; the least measured loss is {min(losses):.3g}"
-            if losses
-            else "nothing was measured"
-        )
-    return candidates
+    run.compute(MEASURE, [dict(judged[index].allocation) for index in waiting], "measure", measured)
+    return judged
+
+
+def tell_if_nothing_fits(run: Run, candidates: Sequence[Candidate]) -> None:
+    """A loss budget may turn out too tight only once everything is measured."""
+    losses = [candidate.loss for candidate in candidates if candidate.loss is not None]
+    if not any(candidate.fits for candidate in candidates) and losses:
+        run.notice(f"no measured configuration keeps every budget; the least measured loss is {min(losses):.3g}")
 
 
 def agreement(candidates: Sequence[Candidate]) -> dict[str, dict[str, float | int | None]]:
@@ -267,6 +293,10 @@ def agreement(candidates: Sequence[Candidate]) -> dict[str, dict[str, float | in
         }
         for metric in metrics
     }
+
+
+def _values(tables: dict[str, Table]) -> dict[str, NDArray[np.float64]]:
+    return {metric: table.values for metric, table in tables.items()}
 
 
 def _table_document(metric: str, space: Space, table: Table) -> Result:

@@ -10,7 +10,7 @@ from search.agreement import spearman
 from search.budget import Bound
 from search.candidate import Candidate
 from search.cost import cost_tables
-from search.proposals import axes, judge, propose
+from search.proposals import Drafts, axes, judge
 from tests.search.spaces import decoder, space
 
 MODEL = decoder()
@@ -28,20 +28,32 @@ def mixed(count: int) -> list[np.ndarray]:
     return [rng.integers(0, 3, len(SPACE.units)) for _ in range(count)]
 
 
+def propose(sweeps: dict[str, list[np.ndarray]], evaluations: int) -> list[Candidate]:
+    drafts = Drafts(SPACE, COSTS, dict.fromkeys(sweeps, TABLE))
+    return drafts.proposals(drafts.baselines(), sweeps, evaluations)
+
+
 def test_uniform_baselines_come_first_and_are_always_there() -> None:
-    found = propose(SPACE, COSTS, {"kl": TABLE}, {"kl": mixed(5)}, evaluations=1)
+    found = propose({"kl": mixed(5)}, evaluations=1)
     assert [candidate.label for candidate in found] == ["uniform w4a16g32", "uniform w6a16g32", "uniform w8a16g32"]
 
 
 def test_evaluations_are_shared_among_metrics_and_each_allocation_is_proposed_once() -> None:
-    found = propose(SPACE, COSTS, {"a": TABLE, "b": TABLE}, {"a": mixed(20), "b": mixed(20)}, evaluations=13)
-    assert len(found) <= 13
+    found = propose({"a": mixed(20), "b": [*mixed(20), *sweep(0), *mixed(40)]}, evaluations=33)
+    assert len(found) == 33
+    assert sum(candidate.label.startswith("a,") for candidate in found) == 15
     assert len({tuple(candidate.allocation.items()) for candidate in found}) == len(found)
     assert [candidate.number for candidate in found] == list(range(1, len(found) + 1))
 
 
+def test_a_thinned_sweep_keeps_its_ends() -> None:
+    whole = propose({"kl": mixed(20)}, evaluations=100)
+    few = propose({"kl": mixed(20)}, evaluations=6)
+    assert [few[3].allocation, few[-1].allocation] == [whole[3].allocation, whole[-1].allocation]
+
+
 def test_a_sweep_point_that_is_uniform_is_the_baseline() -> None:
-    found = propose(SPACE, COSTS, {"kl": TABLE}, {"kl": sweep(0, 2)}, evaluations=10)
+    found = propose({"kl": sweep(0, 2)}, evaluations=10)
     assert [candidate.source for candidate in found] == ["uniform"] * 3
 
 

@@ -26,6 +26,9 @@ Quantizer = Callable[[Tensor, Scheme], Grid]
 
 QUANTIZERS: dict[str, Quantizer] = {}
 
+SMALLEST_SCALE = 2.0**-24
+"""The smallest positive float16, a subnormal."""
+
 
 def quantizer(name: str) -> Callable[[Quantizer], Quantizer]:
     """Register a quantizer under `name`."""
@@ -80,8 +83,7 @@ def grid_between(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
 
 def _stored(scale: Tensor) -> Tensor:
     """As a checkpoint keeps it, in 16 bits; a group of zeros takes the smallest scale."""
-    tiny = torch.finfo(torch.float16).smallest_normal
-    return scale.clamp(tiny, torch.finfo(torch.float16).max).to(torch.float16).float()
+    return scale.clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max).to(torch.float16).float()
 
 
 def _grouped(matrix: Tensor, scheme: Scheme) -> Tensor:

@@ -1,0 +1,326 @@
+"""An evaluator measures what an allocation costs in loss, and always gives the original weights back bit for bit."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import ViTConfig, ViTModel
+
+from search.errors import UnsupportedModel
+from search.inventory import Inventory
+from search.request import Calibration
+from search.scheme import FULL_PRECISION, Scheme
+from tests import models
+from tests.workers.conftest import Loader, ModelFolder
+from workers.calibration import Data, load_data
+from workers.evaluator import Evaluator, EvaluatorSpec, describe_model
+from workers.models import LoadedModel, load_model
+from workers.quantizers import choose_grid, round_to_grid
+from workers.quantizers.activation import round_activation
+
+SMALL = Calibration(samples=4, sequence_length=24)
+W4, W8A8 = Scheme.parse("w4a16g32"), Scheme.parse("w8a8")
+
+
+def evaluator(loaded: Loader, name: str, quantizer: str = "rtn") -> Evaluator:
+    model = loaded(name)
+    return Evaluator(model, load_data(SMALL, model), quantizer)
+
+
+def uniform(evaluator: Evaluator, text: str, kinds: tuple[str, ...] = ("linear", "conv")) -> dict[str, Scheme]:
+    scheme = Scheme.parse(text)
+    return {
+        name: scheme
+        for name, weighted in evaluator.layers.items()
+        if weighted.layer.kind in kinds and scheme.fits(weighted.layer.columns)
+    }
+
+
+def state(evaluator: Evaluator) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in evaluator.loaded.model.state_dict().items()}
+
+
+def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    assert before.keys() == after.keys()
+    changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+    assert changed == []
+
+
+@contextmanager
+def counted_roundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    names: list[str] = []
+    original = Evaluator._weight
+
+    def weight(self: Evaluator, name: str, scheme: Scheme) -> Tensor:
+        names.append(name)
+        return original(self, name, scheme)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluator, "_weight", weight)
+        yield names
+
+
+@torch.no_grad()
+def output(evaluator: Evaluator) -> Tensor:
+    return evaluator.loaded(evaluator.batches("held_out")[0])
+
+
+class TestApply:
+    @pytest.mark.parametrize("name", ["minilm", "tiny_llama", "tiny_gpt2", "tiny_moe"])
+    def test_weights_come_back_bit_for_bit(self, loaded: Loader, name: str) -> None:
+        ours = evaluator(loaded, name)
+        before, original = state(ours), output(ours)
+        allocation = uniform(ours, "w3a16g32", ("linear", "embedding", "experts"))
+        assert len(allocation) >= len(ours.layers) - 1
+        ours.apply(allocation)
+        for layer in allocation:
+            parameter = ours.layers[layer].parameter
+            assert not torch.equal(parameter, ours._originals[layer])
+        assert not torch.equal(output(ours), original)
+        ours.apply({})
+        assert_same(before, state(ours))
+        assert torch.equal(output(ours), original)
+
+    @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_moe"])
+    def test_a_layer_holds_what_its_quantizer_gives(self, loaded: Loader, name: str) -> None:
+        ours = evaluator(loaded, name, "mse")
+        ours.apply(uniform(ours, "w4a16g32", ("linear", "experts")))
+        for weighted in ours.layers.values():
+            if weighted.layer.kind == "embedding":
+                continue
+            original = ours._originals[weighted.layer.name]
+            matrix = weighted.matrix(original)
+            expected = round_to_grid(matrix, choose_grid(matrix, W4, "mse"), W4)
+            assert torch.equal(weighted.matrix(weighted.parameter), expected)
+            error = ours.rounding_error(weighted.layer.name, W4)
+            assert error == pytest.approx(float((expected - matrix).double().square().sum()))
+
+    def test_only_what_changes_is_rounded(self, loaded: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+        ours = evaluator(loaded, "tiny_llama")
+        first, second, third = list(uniform(ours, "w4a16g32"))[:3]
+        ours.apply({first: W4, second: W4})
+        with counted_roundings(monkeypatch) as rounded:
+            ours.apply({first: W4, second: FULL_PRECISION, third: W4})
+            assert sorted(rounded) == sorted([second, third])
+            rounded.clear()
+            ours.apply({first: W4, third: W4})
+            assert rounded == []
+
+    def test_the_order_of_allocations_does_not_matter(self, loaded: Loader) -> None:
+        ours = evaluator(loaded, "tiny_llama")
+        fine, coarse = uniform(ours, "w8a16"), uniform(ours, "w2a8")
+        ours.apply(fine)
+        direct = output(ours)
+        ours.apply(coarse)
+        ours.apply(fine)
+        assert torch.equal(output(ours), direct)
+
+    def test_weights_come_back_after_a_failure_in_the_model(self, loaded: Loader) -> None:
+        ours = evaluator(loaded, "tiny_llama")
+        before = state(ours)
+        last = list(ours.layers.values())[-1].module
+
+        def fail(*_: object) -> None:
+            raise ZeroDivisionError
+
+        hook = last.register_forward_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            ours.measure(uniform(ours, "w4a16g32"))
+        hook.remove()
+        assert ours.measure({})["loss"] == pytest.approx(0, abs=1e-6)
+        assert_same(before, state(ours))
+
+    def test_weights_come_back_after_an_allocation_that_cannot_be(self, loaded: Loader) -> None:
+        ours = evaluator(loaded, "tiny_llama")
+        before = state(ours)
+        for _ in range(3):
+            with pytest.raises(KeyError):
+                ours.apply(uniform(ours, "w4a16g32") | {"no.such.layer": W4})
+            ours.apply({})
+            assert_same(before, state(ours))
+
+    def test_a_tied_head_is_rounded_with_its_embedding(self, loaded: Loader) -> None:
+        ours = evaluator(loaded, "tiny_gpt2")
+        model = ours.loaded.model
+        ours.apply({"transformer.wte": W4})
+        assert model.lm_head.weight is model.transformer.wte.weight
+        assert len(model.lm_head.weight[0, :32].unique()) <= 16
+        assert ours.measure({"transformer.wte": W4})["loss"] > 0
+
+    def test_both_layers_of_fused_experts_count(self, loaded: Loader) -> None:
+        ours = evaluator(loaded, "tiny_moe")
+        experts = "model.layers.0.mlp.experts"
+        losses = [ours.measure({f"{experts}.{leaf}": Scheme(2)})["loss"] for leaf in ("gate_up_proj", "down_proj")]
+        assert min(losses) > 0
+
+
+class TestMeasure:
+    @pytest.mark.parametrize("name", ["minilm", "tiny_bert", "tiny_llama", "tiny_gpt2", "tiny_moe"])
+    def test_full_precision_loses_nothing(self, loaded: Loader, name: str) -> None:
+        ours = evaluator(loaded, name)
+        metrics = ours.measure({})
+        assert 0 <= metrics["loss"] <= 1e-6
+        assert 0 <= metrics["loss_stderr"] <= 1e-6
+        assert ("perplexity" in metrics) == (ours.loaded.task == "causal-lm")
+
+    def test_more_bits_lose_less(self, loaded: Loader) -> None:
+        ours = evaluator(loaded, "minilm")
+        losses = [ours.measure(uniform(ours, f"w{bits}a16g64"))["loss"] for bits in (3, 4, 5, 6, 8)]
+        assert losses == sorted(losses, reverse=True)
+        # A bit is worth 6 dB where nothing saturates.
+        assert losses[-2] / losses[-1] == pytest.approx(16, rel=0.3)
+        assert losses[0] > 100 * losses[-1]
+
+    def test_loss_is_one_minus_the_cosine(self, loaded: Loader) -> None:
+        ours = evaluator(loaded, "minilm")
+        (batch,) = ours.batches("held_out")
+        allocation = uniform(ours, "w4a16g64")
+        with torch.no_grad():
+            reference = ours.loaded(batch)
+            ours.apply(allocation)
+            cosine = torch.nn.functional.cosine_similarity(ours.loaded(batch), reference, dim=-1)
+        measured = ours.measure(allocation)
+        assert measured["loss"] == pytest.approx(float((1 - cosine).mean()), rel=1e-3)
+        assert measured["loss_stderr"] == pytest.approx(float(cosine.std() / math.sqrt(len(cosine))), rel=1e-3)
+
+    def test_perplexity_is_the_libraries_own(self, loaded: Loader) -> None:
+        ours = evaluator(loaded, "tiny_llama")
+        with torch.no_grad():
+            losses = [
+                ours.loaded.model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+                for batch in ours.batches("held_out")
+            ]
+        assert ours.measure({})["perplexity"] == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-5)
+
+    @pytest.mark.parametrize("name", ["digits_vit", "digits_resnet"])
+    def test_accuracy_is_that_of_the_classifier(self, loaded: Loader, datasets_folder: Path, name: str) -> None:
+        images, labels = (array[-models.HELD_OUT :] for array in models.digits_arrays())
+        np.savez(datasets_folder / "digits.npz", images=images, labels=labels)
+        model = loaded(name)
+        data = load_data(Calibration(dataset="digits", samples=100), model)
+        ours = Evaluator(model, data)
+        metrics = ours.measure({})
+        assert metrics["accuracy"] > 0.85
+        correct = sum(int((model(batch).argmax(-1) == batch["labels"]).sum()) for batch in data.held_out)
+        assert metrics["accuracy"] == pytest.approx(correct / 100)
+        ruined = ours.measure(uniform(ours, "w2a4"))
+        assert ruined["loss"] > metrics["loss"]
+        assert ruined["accuracy"] < metrics["accuracy"]
+
+    def test_convolutions_of_an_imagenet_model(self) -> None:
+        network, preprocess = models.efficientnet_lite0()
+        images = np.random.default_rng(0).random((4, 3, 64, 64), dtype=np.float32)
+        batches = [{"pixel_values": preprocess(images[:2])}], [{"pixel_values": preprocess(images[2:])}]
+        loaded = LoadedModel(network, "image-classification", "EfficientNet", digest="x")
+        ours = Evaluator(loaded, Data(*batches, digest="y"))
+        assert len(ours.layers) == 50
+        assert ours.chain is not None
+        before = state(ours)
+        losses = [ours.measure(uniform(ours, text))["loss"] for text in ("w4a16", "w6a16", "w8a16")]
+        assert losses == sorted(losses, reverse=True)
+        assert ours.measure(uniform(ours, "w8a8"))["loss"] > losses[-1] > 0
+        ours.apply({})
+        assert_same(before, state(ours))
+
+    def test_a_model_whose_output_is_not_finite_is_refused(self, loaded: Loader) -> None:
+        model = loaded("tiny_llama")
+        data = load_data(SMALL, model)
+        model.model.model.norm.weight.data[0] = float("nan")  # type: ignore[union-attr]
+        with pytest.raises(UnsupportedModel, match="output of this LlamaForCausalLM is not finite"):
+            Evaluator(model, data).measure({})
+
+
+class TestActivations:
+    def test_the_layers_own_input_is_rounded_and_no_others(self, loaded: Loader) -> None:
+        ours = evaluator(loaded, "tiny_bert")
+        chosen = "encoder.layer.1.intermediate.dense"
+        seen: dict[str, Tensor] = {}
+        for name in uniform(ours, "w8a8"):
+            ours.layers[name].module.register_forward_hook(
+                lambda _module, inputs, _output, name=name: seen.update({name: inputs[0]})
+            )
+        output(ours)
+        plain = dict(seen)
+        for bits in (8, 6, 4):
+            ours.apply({chosen: Scheme(8, bits)})
+            output(ours)
+            assert torch.equal(seen[chosen], round_activation(plain[chosen], bits))
+            earlier = list(plain)[: list(plain).index(chosen)]
+            assert len(earlier) >= 6
+            assert all(torch.equal(seen[name], plain[name]) for name in earlier)
+
+    def test_fewer_activation_bits_lose_more(self, loaded: Loader) -> None:
+        ours = evaluator(loaded, "minilm")
+        losses = [ours.measure(uniform(ours, f"w8a{bits}"))["loss"] for bits in (4, 6, 8, 16)]
+        assert losses == sorted(losses, reverse=True)
+        assert len(set(losses)) == 4
+
+    def test_weights_stay_and_inputs_are_whole_again_at_full_precision(self, loaded: Loader) -> None:
+        ours = evaluator(loaded, "tiny_bert")
+        original = output(ours)
+        ours.apply(uniform(ours, "w8a4"))
+        changed = output(ours)
+        assert not torch.equal(changed, original)
+        with ours.full_precision():
+            assert torch.equal(output(ours), original)
+        assert torch.equal(output(ours), changed)
+
+
+class TestReference:
+    @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_moe", "minilm"])
+    def test_it_is_the_full_precision_output_bit_for_bit_whatever_is_applied(self, loaded: Loader, name: str) -> None:
+        ours = evaluator(loaded, name)
+        assert ours.chain is not None
+        direct = [ours.loaded(batch) for batch in ours.batches("calibration")]
+        kinds = ("linear", "experts", "embedding")
+        for allocation in ({}, uniform(ours, "w2a16g32", kinds), uniform(ours, "w4a4", ("linear",))):
+            ours.apply(allocation)
+            # Asked twice: computed, and recalled.
+            for index, expected in [*enumerate(direct), *enumerate(direct)]:
+                assert torch.equal(ours.reference("calibration", index), expected)
+
+    def test_asking_for_it_leaves_the_allocation_in_place(self, loaded: Loader) -> None:
+        ours = evaluator(loaded, "tiny_llama")
+        ours.apply(uniform(ours, "w3a8"))
+        before, rounded = state(ours), output(ours)
+        ours.reference("held_out", 0)
+        assert_same(before, state(ours))
+        assert torch.equal(output(ours), rounded)
+
+
+def test_an_evaluator_is_built_from_its_spec(model_folder: ModelFolder) -> None:
+    spec = EvaluatorSpec(str(model_folder("tiny_llama")), SMALL, "mse")
+    first, second = Evaluator.build(spec), Evaluator.build(spec)
+    allocation = uniform(first, "w3a8")
+    assert first.measure(allocation) == second.measure(allocation)
+    assert first.data.digest == second.data.digest
+    assert Inventory.from_json(first.inventory.to_json()) == second.inventory
+
+
+@pytest.mark.parametrize("name", ["minilm", "tiny_llama", "tiny_moe", "digits_vit", "digits_resnet"])
+def test_a_model_is_described_without_data_as_with(loaded: Loader, datasets_folder: Path, name: str) -> None:
+    np.save(datasets_folder / "digits.npy", models.digits_arrays()[0][:16])
+    model = loaded(name)
+    described = describe_model(model)
+    dataset = None if model.is_text else "digits"
+    data = load_data(SMALL.model_copy(update={"dataset": dataset}), model)
+    assert Evaluator(model, data).inventory == described
+    assert len({layer.block for layer in described.layers} - {None}) >= 2
+    assert described.parameters == sum(parameter.numel() for parameter in model.model.parameters())
+
+
+def test_a_model_that_does_not_take_tokens_is_refused(model_folder: ModelFolder, tmp_path: Path) -> None:
+    """A bare ViTModel is named like a text encoder."""
+    shutil.copytree(model_folder("tiny_bert"), tmp_path, dirs_exist_ok=True)
+    config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16)
+    ViTModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="ViTModel does not run on one token"):
+        describe_model(load_model(str(tmp_path), torch.device("cpu")))

@@ -1,0 +1,154 @@
+"""Which layers a model has, the matrices they are seen as, and the multiply-accumulates of one item."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from search.inventory import Layer
+from tests import models
+from tests.workers.conftest import Loader
+from workers.calibration import one_item
+from workers.layers import WeightedLayer, enumerate_layers
+
+
+def enumerated(model: nn.Module, *inputs: torch.Tensor) -> dict[str, WeightedLayer]:
+    return {weighted.layer.name: weighted for weighted in enumerate_layers(model, lambda: model(*inputs))}
+
+
+def layers_of(loaded: Loader, name: str) -> dict[str, Layer]:
+    model = loaded(name)
+    found = enumerate_layers(model.model, lambda: model(one_item(model)))
+    return {weighted.layer.name: weighted.layer for weighted in found}
+
+
+def test_layers_come_in_the_order_they_run_and_idle_ones_are_left_out() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.idle, self.first = nn.Linear(4, 2), nn.Linear(4, 4), nn.Linear(3, 4)
+            self.norm = nn.LayerNorm(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.norm(self.first(x)))
+
+    found = enumerated(Backwards(), torch.zeros(1, 3))
+    assert list(found) == ["first", "last"]
+    assert found["first"].layer == Layer("first", "linear", rows=4, columns=3, macs=12)
+
+
+convolutions = st.builds(
+    dict,
+    groups=st.sampled_from([1, 2, 4]),
+    width=st.integers(1, 3),
+    kernel_size=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 2),
+)
+
+
+@settings(deadline=None)
+@given(convolutions, st.integers(1, 3))
+def test_a_convolutions_work_is_the_closed_formula(shape: dict[str, int], dimensions: int) -> None:
+    groups, width, kernel = shape["groups"], shape.pop("width"), shape["kernel_size"]
+    kind = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dimensions - 1]
+    channels_in, channels_out, side = 4 * width, 8, 7
+    model = nn.Sequential(kind(channels_in, channels_out, **shape))
+    layer = enumerated(model, torch.zeros(1, channels_in, *[side] * dimensions))["0"].layer
+    out = (side + 2 * shape["padding"] - kernel) // shape["stride"] + 1
+    assert (layer.kind, layer.rows, layer.columns) == ("conv", channels_out, channels_in // groups * kernel**dimensions)
+    assert layer.macs == out**dimensions * channels_out * (channels_in // groups) * kernel**dimensions
+
+
+def test_a_depthwise_convolution_has_a_row_of_its_own_for_every_channel() -> None:
+    layer = enumerated(nn.Sequential(nn.Conv2d(6, 6, 3, groups=6)), torch.zeros(1, 6, 5, 5))["0"].layer
+    assert (layer.rows, layer.columns, layer.macs) == (6, 9, 3 * 3 * 6 * 9)
+
+
+def test_image_models_work_is_what_torch_counts() -> None:
+    """FlopCounterMode counts two operations for a multiply-accumulate; attention's own products are no layer's."""
+    model, _ = models.efficientnet_lite0()
+    image = torch.zeros(1, 3, 224, 224)
+    found = enumerated(model, image)
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    assert 2 * sum(weighted.layer.macs for weighted in found.values()) == counter.get_total_flops()
+    # Every weight but those of the normalizations, and the biases.
+    assert sum(weighted.layer.weights for weighted in found.values()) == sum(
+        parameter.numel() for parameter in model.parameters() if parameter.dim() > 1
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_bert"])
+def test_a_linear_layer_multiplies_its_weights_once_a_token(loaded: Loader, name: str) -> None:
+    linear = [layer for layer in layers_of(loaded, name).values() if layer.kind == "linear"]
+    assert len(linear) >= 8
+    assert all(layer.macs == layer.weights for layer in linear)
+
+
+def test_embeddings_multiply_nothing(loaded: Loader) -> None:
+    layers = layers_of(loaded, "tiny_bert")
+    embeddings = [layer for layer in layers.values() if layer.kind == "embedding"]
+    assert [layer.name.rpartition(".")[2] for layer in embeddings] == [
+        "word_embeddings",
+        "token_type_embeddings",
+        "position_embeddings",
+    ]
+    assert all(layer.macs == 0 for layer in embeddings)
+
+
+def test_gpt2_is_seen_as_outputs_by_inputs_with_its_head_an_alias(loaded: Loader) -> None:
+    layers = layers_of(loaded, "tiny_gpt2")
+    attention = layers["transformer.h.0.attn.c_attn"]
+    assert (attention.kind, attention.rows, attention.columns) == ("linear", 3 * 64, 64)
+    tied = layers["transformer.wte"]
+    assert tied.aliases == ("lm_head",)
+    assert tied.kind == "embedding"
+    # What the head multiplies for one token.
+    assert tied.macs == tied.rows * tied.columns
+    assert "lm_head" not in layers
+
+
+def test_fused_experts_are_two_layers_of_which_the_chosen_experts_work(loaded: Loader) -> None:
+    layers = layers_of(loaded, "tiny_moe")
+    experts, chosen, hidden, inner = 4, 2, 64, 128
+    up = layers["model.layers.0.mlp.experts.gate_up_proj"]
+    down = layers["model.layers.0.mlp.experts.down_proj"]
+    assert (up.kind, up.rows, up.columns, up.macs) == (
+        "experts",
+        experts * 2 * inner,
+        hidden,
+        chosen * 2 * inner * hidden,
+    )
+    assert (down.kind, down.rows, down.columns, down.macs) == (
+        "experts",
+        experts * hidden,
+        inner,
+        chosen * hidden * inner,
+    )
+    assert list(layers).index(up.name) < list(layers).index(down.name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "transposed"),
+    [
+        ("linear", (6, 4), False),
+        ("linear", (4, 6), True),
+        ("conv", (6, 2, 3, 3), False),
+        ("experts", (3, 6, 4), False),
+        ("experts", (3, 4, 6), True),
+    ],
+)
+def test_matrix_and_weight_are_inverse(kind: str, shape: tuple[int, ...], transposed: bool) -> None:
+    parameter = nn.Parameter(torch.randn(shape))
+    weighted = WeightedLayer(Layer("x", kind, 0, 0), nn.Module(), parameter, transposed)  # type: ignore[arg-type]
+    matrix = weighted.matrix(parameter)
+    assert torch.equal(weighted.unmatrix(matrix), parameter)
+    assert weighted.unmatrix(matrix).is_contiguous()
+    if kind == "experts":
+        first = parameter[0].T if transposed else parameter[0]
+        assert torch.equal(matrix[: len(first)], first)
