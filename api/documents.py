@@ -33,7 +33,7 @@ class SearchDocument(_Document):
     id: int = Field(examples=[1])
     state: State
     stage: str | None = Field(examples=["measure"])
-    """`profile`, `sensitivity`, `optimize` or `measure`; null before a worker has begun."""
+    """`profile`, `sensitivity`, `baselines`, `optimize` or `measure`; null before a worker has begun."""
     progress: Progress
     model: str = Field(examples=["all-minilm-l6-v2"])
     target: str = Field(examples=["vllm"])

@@ -1,4 +1,4 @@
-"""One search from claim to frontier: profile, sensitivity, measure (baselines), optimize, measure (proposals).
+"""One search from claim to frontier: profile, sensitivity, baselines, optimize, measure.
 
 Every stage can be done again: what was finished is found by its content.
 """
@@ -147,8 +147,9 @@ def run_search(
     run = Run(engine, claim, request, pool_for(evaluator_spec(engine, request)), check)
     profile = profile_model(run)
     tables = fill_tables(run, profile)
-    baselines = measure(run, profile, Drafts(profile.space, profile.costs, _values(tables)).baselines())
-    candidates = measure(run, profile, optimize(run, profile, tables, baselines))
+    uniform = Drafts(profile.space, profile.costs, _values(tables)).baselines()
+    baselines = measure(run, profile, uniform, "baselines")
+    candidates = measure(run, profile, optimize(run, profile, tables, baselines), "measure")
     tell_if_nothing_fits(run, candidates)
     run.summary["agreement"] = agreement(candidates)
     queue.succeed(engine, claim, run.summary)
@@ -249,11 +250,11 @@ def optimize(run: Run, profile: Profile, tables: dict[str, Table], baselines: Se
     return drafts.proposals(baselines, sweeps, request.optimizer.evaluations)
 
 
-def measure(run: Run, profile: Profile, candidates: Sequence[Candidate]) -> list[Candidate]:
+def measure(run: Run, profile: Profile, candidates: Sequence[Candidate], stage: Stage) -> list[Candidate]:
     """Measure the candidates that are not yet, on the held-out split; judge all as results come."""
     judged = list(candidates)
     waiting = [index for index, candidate in enumerate(judged) if candidate.loss is None]
-    run.enter("measure", len(waiting))
+    run.enter(stage, len(waiting))
     limit, over = run.request.budgets.loss_increase, axes(profile.bounds)
 
     def measured(position: int, metrics: Result) -> None:
@@ -270,7 +271,7 @@ def measure(run: Run, profile: Profile, candidates: Sequence[Candidate]) -> list
             described | {"loss": candidate.loss, "costs": candidate.costs},
         )
 
-    run.compute(MEASURE, [dict(judged[index].allocation) for index in waiting], "measure", measured)
+    run.compute(MEASURE, [dict(judged[index].allocation) for index in waiting], stage, measured)
     return judged
 
 

@@ -24,7 +24,7 @@ router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 
 PAGE_LENGTH = 25
 MOST_EVENTS = 10_000
-STAGES = ("profile", "sensitivity", "optimize", "measure")
+STAGES = ("profile", "sensitivity", "baselines", "optimize", "measure")
 SHORTLY = {"Cache-Control": "public, max-age=300"}
 FOR_A_YEAR = {"Cache-Control": "public, max-age=31536000, immutable"}
 STATIC_FILES = {path.name: path for path in STATIC.iterdir() if path.suffix in (".css", ".js", ".svg")}

@@ -95,7 +95,7 @@ def report(engine: Engine, held: Any, request: SearchRequest) -> None:
     """Write what a worker writes, from profile to success."""
     inventory = store_model(engine)
     summary, candidates = results(engine, inventory, request)
-    for stage in ("profile", "sensitivity", "optimize"):
+    for stage in ("profile", "sensitivity", "baselines", "optimize"):
         progress(engine, held, stage, 1, 1)
     set_summary(engine, held, summary)
     measured = [candidate for candidate in candidates if candidate.metrics]

@@ -109,7 +109,7 @@ def test_the_record_of_a_search_is_complete(digits: Engine) -> None:
     work(digits)
     kinds = [event.kind for event in events_after(digits, search.id, 0)]
     stages = [event.data["stage"] for event in events_after(digits, search.id, 0) if event.kind == "stage"]
-    assert stages == ["profile", "sensitivity", "sensitivity", "measure", "optimize", "measure"]
+    assert stages == ["profile", "sensitivity", "sensitivity", "baselines", "optimize", "measure"]
     assert kinds.count("measured") == len(candidates(digits, search.id))
     summary = get_search(digits, search.id).summary
     assert summary is not None

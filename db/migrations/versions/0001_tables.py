@@ -40,7 +40,7 @@ def upgrade() -> None:
             "state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name=op.f("searches_state_check")
         ),
         sa.CheckConstraint(
-            "stage IN ('profile', 'sensitivity', 'optimize', 'measure')", name=op.f("searches_stage_check")
+            "stage IN ('profile', 'sensitivity', 'baselines', 'optimize', 'measure')", name=op.f("searches_stage_check")
         ),
     )
     op.create_index(
