@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --co
 DEMO_MODEL := all-minilm-l6-v2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check bench-smollm2 clean
+.PHONY: help demo up test check bench-minilm bench-smollm2 clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,7 +27,10 @@ check: $(VENV)/.dev ## Lint, format, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench-smollm2: $(VENV)/.dev ## Mixed against uniform precision on SmolLM2-135M (fetches 93 MB, takes an hour)
+bench-minilm: $(VENV)/.dev ## Time a full search on MiniLM (takes 3 minutes)
+	$(BIN)/python -m benchmarks.minilm
+
+bench-smollm2: $(VENV)/.dev ## Mixed against uniform precision on SmolLM2-135M (fetches 93 MB, takes 7 minutes)
 	$(BIN)/python scripts/fetch_models.py
 	$(BIN)/python -m benchmarks.smollm2
 

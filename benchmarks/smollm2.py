@@ -32,7 +32,7 @@ def main() -> None:
     service = Service()
     put_model(service.engine, "smollm2-135m", source, None)
 
-    first = search(service, 5.0, points=7, evaluations=12)
+    first = search(service, 5.0, points=8, evaluations=12)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     others = {bits: search(service, bits, points=4, evaluations=9) for bits in CODE_BITS if bits != 5.0}
     found = {**others, 5.0: first}

