@@ -17,11 +17,11 @@ COPY . .
 RUN python -m pip install --no-deps . && rm -rf /app/*
 COPY docker/with-secrets /usr/local/bin/with-secrets
 USER bitfrontier
-EXPOSE 8000
+EXPOSE 8400
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
-  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=2)"]
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8400/healthz', timeout=2)"]
 ENTRYPOINT ["with-secrets"]
-CMD ["uvicorn", "api.app:create_app", "--factory", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["uvicorn", "api.app:create_app", "--factory", "--host", "0.0.0.0", "--port", "8400"]
 
 FROM base AS worker
 COPY . .

@@ -5,9 +5,9 @@ For layer l with n_l weights and Hessian H_l of the loss,
     ΔL_l(s) ≈ ½ · (Tr(H_l) / n_l) · ‖Q_s(W_l) − W_l‖²        Tr(H_l) = E[v_lᵀ (H v)_l],  v Rademacher
 
 (HAWQ-V2, eq. 4, leaves out Taylor's ½). The loss is the divergence from the model's own output: its gradient is zero at
-full precision, so its Hessian is exactly the Gauss-Newton matrix JᵀCJ, positive semidefinite. One
-probe over all layers gives every layer's estimate: terms between layers have mean zero. Activations are treated alike,
-with the trace with respect to the layer's input and the rounding error of that input.
+full precision, so its Hessian is exactly the Gauss-Newton matrix JᵀCJ, positive semidefinite. One probe over all layers
+gives every layer's estimate: terms between layers have mean zero. Activations are treated alike, with the trace with
+respect to the layer's input and the rounding error of that input.
 """
 
 from __future__ import annotations
