@@ -1,6 +1,5 @@
-"""The pool protocol, over every implementation; and what only Ray's must do: outlive its workers."""
+"""The pool protocol, over every implementation."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,14 +18,6 @@ def square(_evaluator: Evaluator, item: Item) -> Result:
 
 def refuse(_evaluator: Evaluator, item: Item) -> Result:
     raise InvalidRequest("no", field="space.pin", value=item["value"], accepted="another")
-
-
-def die_once(_evaluator: Evaluator, item: Item) -> Result:
-    mark = Path(item["mark"])
-    if item["value"] == 2 and not mark.exists():
-        mark.touch()
-        os._exit(1)
-    return {"square": item["value"] ** 2}
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +63,3 @@ def test_every_pool_measures_the_same(pool: Pool, spec: EvaluatorSpec) -> None:
     expected = MEASURE.run(Evaluator.build(spec), item)
     assert metrics["loss"] > 0
     assert metrics == pytest.approx(expected, rel=1e-5)
-
-
-def test_ray_repeats_the_task_of_a_worker_that_died(spec: EvaluatorSpec, tmp_path: Path) -> None:
-    pool = RayPool(spec)
-    try:
-        items = [{"value": value, "mark": str(tmp_path / "died")} for value in range(5)]
-        found = dict(pool.map(die_once, items))
-        assert (tmp_path / "died").exists()
-        assert found == {value: {"square": value**2} for value in range(5)}
-    finally:
-        pool.close()
-        stop_ray()
