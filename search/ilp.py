@@ -73,7 +73,9 @@ def solve(
         open_ = open_ & (relaxed.reduced_costs() <= gap + GAP * abs(bound))
         open_[np.arange(len(rounded)), rounded] = True
 
-    exact = _Program(loss, open_, tables, bounds, scale=OBJECTIVE_SCALE / max(abs(bound), 1e-300))
+    spread = _spread(loss, open_)
+    scale = OBJECTIVE_SCALE / abs(bound) if abs(bound) * spread > 1e-6 else spread
+    exact = _Program(loss, open_, tables, bounds, scale=scale)
     status = exact.solve(mip=True, time_limit=time_limit)
     if status in ("infeasible", "unsolved"):
         return Solution(status, bound=bound)
@@ -96,17 +98,17 @@ def frontier(
     """Solve for `points` levels of `axis`, evenly spaced from its smallest feasible total to its budget.
 
     Without a budget on `axis` the levels end at its largest total. The other budgets hold at every level. Levels that
-    give the same allocation are returned once, infeasible ones not at all.
+    give the same allocation are returned once, infeasible ones not at all; unsolved ones are, without a choice.
     """
     own = [bound.limit for bound in bounds if bound.resource == axis]
     others = [bound for bound in bounds if bound.resource != axis]
     smallest, highest = costs[axis].smallest, min([costs[axis].largest, *own])
     levels = np.linspace(highest, smallest, points) if points > 1 else np.array([highest])
-    found: dict[bytes, Solution] = {}
+    found: dict[object, Solution] = {}
     for level in levels:
         solution = solve(loss, costs, [*others, Bound(axis, axis, float(level))], time_limit=time_limit)
-        if solution.choice is not None:
-            found.setdefault(solution.choice.tobytes(), solution)
+        if solution.status != "infeasible":
+            found.setdefault(solution.choice.tobytes() if solution.choice is not None else level, solution)
     return list(found.values())
 
 

@@ -58,8 +58,10 @@ class Drafts:
         spaced levels; an allocation is proposed once.
         """
         found = {_key(candidate): candidate for candidate in baselines}
+        # A search whose baselines all miss the budget has nothing to show without one proposal.
+        most = max(evaluations, len(found) + (not any(candidate.fits for candidate in baselines)))
         for index, (metric, sweep) in enumerate(sweeps.items()):
-            share = max(0, evaluations - len(found)) // (len(sweeps) - index)
+            share = -(-max(0, most - len(found)) // (len(sweeps) - index))
             new = {}
             for choice in sweep:
                 label = f"{metric}, {self.costs['avg_bits'].total(choice):.2f} bits"

@@ -57,19 +57,19 @@ class SpaceRequest(_Strict):
     @field_validator("pin")
     @classmethod
     def _known_pins(cls, pin: dict[str, str]) -> dict[str, str]:
-        return {pattern: str(Scheme.parse(text)) for pattern, text in pin.items()}
+        return {pattern: str(Scheme.parse(text, "space.pin")) for pattern, text in pin.items()}
 
 
 class Budgets(_Strict):
     """Upper bounds, all of which hold. At least one is named."""
 
-    avg_bits: float | None = Field(None, gt=0, allow_inf_nan=False)
+    avg_bits: float | None = Field(None, gt=0, le=1e12, allow_inf_nan=False)
     """Stored bits per searched weight; scales and zero points are counted (w4a16g64 is 4.25)."""
-    size_mb: float | None = Field(None, gt=0, allow_inf_nan=False)
+    size_mb: float | None = Field(None, gt=0, le=1e12, allow_inf_nan=False)
     """The whole model in 10⁶ bytes: searched layers at their schemes, everything else at 16 bits."""
-    gbitops: float | None = Field(None, gt=0, allow_inf_nan=False)
+    gbitops: float | None = Field(None, gt=0, le=1e12, allow_inf_nan=False)
     """10⁹ bit operations for one token or one image: MACs × weight bits × activation bits."""
-    loss_increase: float | None = Field(None, gt=0, allow_inf_nan=False)
+    loss_increase: float | None = Field(None, gt=0, le=1e12, allow_inf_nan=False)
     """Measured divergence from full precision on the held-out split."""
 
     @model_validator(mode="after")

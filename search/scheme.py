@@ -18,7 +18,7 @@ GRAMMAR = (
     "group size in {16, 32, 64, 128, 256} (none: one scale per output channel), for example w4a16g64 or w8a8"
 )
 
-_PATTERN = re.compile(r"w(\d{1,2})a(\d{1,2})(?:g(\d{1,3}))?(asym)?")
+_PATTERN = re.compile(r"w([0-9]{1,2})a([0-9]{1,2})(?:g([0-9]{1,3}))?(asym)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,14 @@ class Scheme:
     symmetric: bool = True
 
     @classmethod
-    def parse(cls, text: str) -> Scheme:
+    def parse(cls, text: str, field: str = "space.schemes") -> Scheme:
         """Read `w4a16g64asym`.
 
-        Raises InvalidRequest when `text` is not in the grammar.
+        Raises InvalidRequest naming `field` when `text` is not in the grammar.
         """
         match = _PATTERN.fullmatch(text)
         if match is None:
-            raise _refused(text)
+            raise _refused(text, field)
         weight_bits, activation_bits, group, asym = match.groups()
         scheme = cls(int(weight_bits), int(activation_bits), int(group) if group else None, asym is None)
         weights_kept = scheme.weight_bits == 16
@@ -51,7 +51,7 @@ class Scheme:
             or (scheme.group_size is not None and scheme.group_size not in GROUP_SIZES)
             or (weights_kept and scheme != cls(16))
         ):
-            raise _refused(text)
+            raise _refused(text, field)
         return scheme
 
     def __str__(self) -> str:
@@ -90,5 +90,5 @@ class Scheme:
 FULL_PRECISION = Scheme(16)
 
 
-def _refused(text: str) -> InvalidRequest:
-    return InvalidRequest(f"'{text}' is not a scheme", field="space.schemes", value=text, accepted=GRAMMAR)
+def _refused(text: str, field: str) -> InvalidRequest:
+    return InvalidRequest(f"'{text}' is not a scheme", field=field, value=text, accepted=GRAMMAR)

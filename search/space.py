@@ -35,11 +35,15 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Units × schemes. `allowed[u, s]` says whether unit u may take scheme s; every row allows at least one."""
+    """Units × schemes. `allowed[u, s]` says whether unit u may take scheme s; every row allows at least one.
+
+    `pinned[u]` says whether the request settled unit u; `ignored` are the layers left at full precision.
+    """
 
     units: tuple[Unit, ...]
     schemes: tuple[Scheme, ...]
     allowed: NDArray[np.bool_]
+    pinned: NDArray[np.bool_]
     ignored: tuple[Layer, ...]
 
     @property
@@ -48,12 +52,12 @@ class Space:
         return tuple(layer for unit in self.units for layer in unit.layers)
 
     def uniform(self, scheme: Scheme) -> NDArray[np.int64] | None:
-        """The choice that gives `scheme` to every unit that is not pinned; None where a unit cannot take it."""
+        """The choice that gives `scheme` to every unit that is not pinned; None where one cannot take it, or none is
+        left to take it."""
         column = self.schemes.index(scheme)
-        pinned = self.allowed.sum(axis=1) == 1
-        if not (self.allowed[:, column] | pinned).all():
+        if self.pinned.all() or not (self.allowed[:, column] | self.pinned).all():
             return None
-        return np.where(self.allowed[:, column], column, self.allowed.argmax(axis=1)).astype(np.int64)
+        return np.where(self.pinned, self.allowed.argmax(axis=1), column).astype(np.int64)
 
 
 def build_space(inventory: Inventory, request: SpaceRequest, target: Target) -> Space:
@@ -62,8 +66,8 @@ def build_space(inventory: Inventory, request: SpaceRequest, target: Target) -> 
     Raises InvalidRequest for a scheme the target refuses, a pin that matches no layer or contradicts another, or a
     group size that does not divide; UnsupportedModel when nothing is left to search.
     """
-    schemes = [_accepted(Scheme.parse(text), target) for text in request.schemes]
-    pins = {pattern: _accepted(Scheme.parse(text), target) for pattern, text in request.pin.items()}
+    schemes = [_accepted(Scheme.parse(text), target, "space.schemes") for text in request.schemes]
+    pins = {pattern: _accepted(Scheme.parse(text), target, "space.pin") for pattern, text in request.pin.items()}
     columns = tuple(sorted({*schemes, *pins.values()}))
 
     searched = [layer for layer in inventory.layers if not _ignored(layer, request, target)]
@@ -76,6 +80,7 @@ def build_space(inventory: Inventory, request: SpaceRequest, target: Target) -> 
                 value=pattern,
                 accepted=f"a glob over {_some([layer.name for layer in searched])}",
             )
+    _check_whole(searched, ignored, target)
     units = tie(searched, target)
     if not units:
         raise UnsupportedModel(
@@ -86,12 +91,14 @@ def build_space(inventory: Inventory, request: SpaceRequest, target: Target) -> 
         )
 
     allowed = np.zeros((len(units), len(columns)), dtype=bool)
+    pinned = np.zeros(len(units), dtype=bool)
     for row, unit in enumerate(units):
-        choices = _pinned(unit, pins) or schemes
-        for scheme in choices:
+        settled = _pinned(unit, pins)
+        pinned[row] = bool(settled)
+        for scheme in settled or schemes:
             _check_takes(unit, scheme)
             allowed[row, columns.index(scheme)] = True
-    return Space(tuple(units), columns, allowed, ignored)
+    return Space(tuple(units), columns, allowed, pinned, ignored)
 
 
 def tie(layers: list[Layer], target: Target) -> list[Unit]:
@@ -112,6 +119,19 @@ def _unit_name(name: str, target: Target) -> str:
     return name
 
 
+def _check_whole(searched: list[Layer], ignored: tuple[Layer, ...], target: Target) -> None:
+    """A runtime that merges layers cannot quantize some of them."""
+    units = {_unit_name(layer.name, target) for layer in searched}
+    for layer in ignored:
+        if target.refuses(layer) is None and _unit_name(layer.name, target) in units:
+            raise InvalidRequest(
+                f"'{layer.name}' is ignored, but target '{target.name}' merges it with layers that are not",
+                field="space.ignore",
+                value=layer.name,
+                accepted=f"patterns that ignore all of {_unit_name(layer.name, target)}, or none",
+            )
+
+
 def _ignored(layer: Layer, request: SpaceRequest, target: Target) -> bool:
     return target.refuses(layer) is not None or any(_matches(layer, pattern) for pattern in request.ignore)
 
@@ -120,11 +140,14 @@ def _matches(layer: Layer, pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in (layer.name, *layer.aliases))
 
 
-def _accepted(scheme: Scheme, target: Target) -> Scheme:
+def _accepted(scheme: Scheme, target: Target, field: str) -> Scheme:
     reason = target.refuses_scheme(scheme)
     if reason:
         raise InvalidRequest(
-            f"target '{target.name}' refuses {scheme}: {reason}", field="space.schemes", value=str(scheme)
+            f"target '{target.name}' refuses {scheme}: {reason}",
+            field=field,
+            value=str(scheme),
+            accepted=f"schemes that '{target.name}' runs (GET /v1/targets), or target 'generic'",
         )
     return scheme
 

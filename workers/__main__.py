@@ -7,13 +7,14 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 from datetime import timedelta
-from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from sqlalchemy import Engine
@@ -26,7 +27,7 @@ from db.models import put_model
 from search.errors import BitfrontierError
 from workers.cluster import Pool, open_pool, stop_ray
 from workers.evaluator import EvaluatorSpec, describe_model
-from workers.models import load_model
+from workers.models import load_model, source_of
 from workers.pipeline import run_search
 
 log = logging.getLogger("bitfrontier.worker")
@@ -68,6 +69,8 @@ class Worker:
                     self._work(claim)
                 else:
                     queue.wait(self._engine, POLL_SECONDS)
+            except queue.LeaseLost as lost:
+                log.warning("%s", lost)
             except (OperationalError, DatabaseUnavailable) as error:
                 log.warning("the database does not answer: %s", str(error).splitlines()[0])
                 self._stop.wait(POLL_SECONDS)
@@ -86,23 +89,21 @@ class Worker:
             try:
                 run_search(self._engine, claim, self._pool_for, check)
                 log.info("search %d succeeded", claim.search_id)
-            except queue.LeaseLost as lost:
-                log.warning("%s", lost)
             except Cancelled:
                 queue.cancelled(self._engine, claim)
             except Shutdown:
                 queue.release(self._engine, claim)
             except BitfrontierError as error:
                 log.warning("search %d failed: %s", claim.search_id, error.detail)
-                queue.fail(self._engine, claim, error.problem())
-            except (OperationalError, DatabaseUnavailable):
+                queue.fail(self._engine, claim, _without_paths(error.problem()))
+            except (queue.LeaseLost, OperationalError, DatabaseUnavailable):
                 raise
             except Exception as error:
                 log.exception("search %d, attempt %d", claim.search_id, claim.attempt)
                 self._drop_pool()
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                 problem = BitfrontierError(f"the worker failed unexpectedly ({reason}); its log says more").problem()
-                queue.release(self._engine, claim, problem)
+                queue.release(self._engine, claim, _without_paths(problem))
 
     def _pool_for(self, spec: EvaluatorSpec) -> Pool:
         if self._pool is None or self._pool.spec != spec:
@@ -149,6 +150,11 @@ class _Heartbeat:
                 log.warning("heartbeat: %s", str(error).splitlines()[0])
 
 
+def _without_paths(problem: dict[str, Any]) -> dict[str, Any]:
+    """The problem with files named, but not where they are on this machine."""
+    return problem | {"detail": re.sub(r"(?<![\w.:/])/(?:[^\s'\"/:,]+/)+", "", problem["detail"])}
+
+
 def run() -> None:
     """Work until SIGTERM or SIGINT."""
     engine = connect()
@@ -172,8 +178,7 @@ def inspect(name: str, source: str) -> None:
 
     Raises UnsupportedModel when it cannot be searched.
     """
-    path = Path(source).expanduser()
-    source = str(path.resolve()) if path.exists() else source
+    source = source_of(source)
     inventory = describe_model(load_model(source, torch.device("cpu")))
     engine = connect()
     migrate(engine)

@@ -50,7 +50,7 @@ def load(name: str) -> Texts | Images:
     """The data set called `name`. Raises InvalidCalibration when there is none, or nothing is in it."""
     if name == "python-docs":
         return _python_docs()
-    found = _read(_local(name) or _from_hub(name), name)
+    found = _read(path_of(name) or _from_hub(name), name)
     if not (found.documents if isinstance(found, Texts) else found.images):
         raise _refused(name, f"'{name}' is empty")
     return found
@@ -62,7 +62,8 @@ def _python_docs() -> Texts:
     return Texts([text for _, text in sorted(topics.items())])
 
 
-def _local(name: str) -> Path | None:
+def path_of(name: str) -> Path | None:
+    """The file or folder that `name` means in the data sets folder; None when it means none there."""
     root = datasets_directory().resolve()
     for suffix in ("", *READERS):
         path = (root / f"{name}{suffix}").resolve()

@@ -29,12 +29,16 @@ from workers.quantizers.activation import round_activation
 
 @dataclass(frozen=True, slots=True)
 class EvaluatorSpec:
-    """What an evaluator is built from: anything that agrees in this may share one."""
+    """What an evaluator is built from: anything that agrees in this may share one.
+
+    `files` fingerprints the files behind `source` and the data set: a model or data set that was replaced is another.
+    """
 
     source: str
     calibration: Calibration
     quantizer: str = "rtn"
     device: str = "cpu"
+    files: str = ""
 
 
 class Evaluator:

@@ -74,17 +74,26 @@ class LoadedModel:
         return logits
 
 
+HUB = "hub:"
+
+
+def source_of(given: str) -> str:
+    """The source that a person means: the absolute path of what exists here, else a hub id (`hub:org/name`)."""
+    path = Path(given).expanduser()
+    return str(path.resolve()) if path.exists() else HUB + given
+
+
 def load_model(source: str, device: torch.device) -> LoadedModel:
-    """Load `source`: a folder, a `.gguf` file, or a hub id that is not a path here.
+    """Load `source`: a folder, a `.gguf` file, or `hub:org/name`.
 
     Raises UnsupportedModel when there is no such model, its files are pickles, damaged or incomplete, it is quantized
     already, or its architecture has no known task.
     """
+    if source.startswith(HUB):
+        return _load_folder(_from_hub(source.removeprefix(HUB)), device)
     path = Path(source)
     if path.suffix == ".gguf" and path.is_file():
         return _load_gguf(path, device)
-    if not path.is_dir():
-        path = _from_hub(source)
     return _load_folder(path, device)
 
 

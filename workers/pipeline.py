@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,7 +35,10 @@ from search.space import Space, build_space
 from search.surrogate import scheme_factors
 from search.targets import find_target
 from workers.cluster import Pool
+from workers.datasets import path_of
 from workers.evaluator import EvaluatorSpec
+from workers.fingerprint import fingerprint
+from workers.models import HUB
 from workers.run import Run
 from workers.sensitivity import METRICS, Table
 from workers.tasks import DESCRIBE, MEASURE, Content, Result, content_key
@@ -61,11 +65,14 @@ def evaluator_spec(engine: Engine, request: SearchRequest) -> EvaluatorSpec:
             value=request.model,
             accepted="a registered name (GET /v1/models), or a Hugging Face id such as org/name",
         )
+    source = model.source if model else HUB + request.model
+    dataset = request.calibration.dataset
     return EvaluatorSpec(
-        source=model.source if model else request.model,
+        source=source,
         calibration=request.calibration,
         quantizer=request.space.quantizer,
         device="cuda" if torch.cuda.is_available() else "cpu",
+        files=fingerprint(Path(source), *filter(None, [path_of(dataset) if dataset else None])),
     )
 
 
@@ -96,7 +103,9 @@ def profile_model(run: Run) -> Profile:
     ((_, described),) = run.pool.map(DESCRIBE.run, [{}])
     inventory = Inventory.from_json(described["inventory"])
     request, spec = run.request, run.pool.spec
-    put_model(run.engine, request.model, spec.source, inventory)
+    model = get_model(run.engine, request.model)
+    if model is None or model.source == spec.source:
+        put_model(run.engine, request.model, spec.source, inventory)
     run.content = Content(inventory.digest, described["data_digest"], request.space.quantizer)
 
     space = build_space(inventory, request.space, find_target(request.target))
@@ -206,6 +215,8 @@ def measure(run: Run, profile: Profile, candidates: Sequence[Candidate], stage: 
             described | {"loss": candidate.loss, "costs": candidate.costs},
         )
 
+    judged[:] = judge(judged, profile.bounds, limit, over)
+    put_candidates(run.engine, run.claim, judged)
     run.compute(MEASURE, [dict(judged[index].allocation) for index in waiting], stage, measured)
     return judged
 

@@ -15,7 +15,7 @@ from api.pages.strip import allocation_strip
 from api.pages.views import best_verdict, verdict
 from db.candidates import candidates
 from db.events import add_event
-from db.queue import progress
+from db.queue import progress, succeed
 from db.searches import get_search
 from tests.api import examples
 
@@ -130,6 +130,14 @@ def test_running_and_failed_searches_have_pages(client: TestClient, engine: Engi
     assert "sensitivity: 3 of 36" in page
     assert "the pooler &lt;is&gt; skipped" in page
     assert "3 < 64" not in client.get("/").text
+
+
+def test_a_search_too_small_for_a_rank_correlation_has_a_page(client: TestClient, engine: Engine) -> None:
+    search, held = examples.claimed_search(engine)
+    succeed(engine, held, {"agreement": {"kl": {"spearman": None, "points": 1}}})
+    page = client.get(f"/searches/{search}")
+    assert page.status_code == 200
+    assert "too few points" in page.text
 
 
 def test_scripts_are_cached_and_nothing_else_is_served(client: TestClient) -> None:

@@ -106,6 +106,12 @@ def test_a_time_out_is_never_called_optimal() -> None:
         assert solution.bound <= solution.loss
 
 
+def test_an_optimum_without_any_loss_is_found() -> None:
+    cost = Cost("avg_bits", np.array([[1.0, 2.0], [1.0, 2.0]]), 0.0)
+    solution = solve(np.array([[0.0, 0.0], [1e-9, 0.0]]), {"avg_bits": cost}, [Bound("avg_bits", "avg_bits", 3.0)])
+    assert (solution.status, solution.loss) == ("optimal", 0.0)
+
+
 def test_a_frontier_steps_down_from_the_budget_and_trades_loss_for_cost() -> None:
     rng = np.random.default_rng(0)
     bits = np.array([2.0, 3, 4, 6, 8])

@@ -34,7 +34,7 @@ def propose(sweeps: dict[str, list[np.ndarray]], evaluations: int) -> list[Candi
 
 
 def test_uniform_baselines_come_first_and_are_always_there() -> None:
-    found = propose({"kl": mixed(5)}, evaluations=1)
+    found = propose({"kl": mixed(5)}, evaluations=1)[:3]
     assert [candidate.label for candidate in found] == ["uniform w4a16g32", "uniform w6a16g32", "uniform w8a16g32"]
 
 
@@ -55,6 +55,14 @@ def test_a_thinned_sweep_keeps_its_ends() -> None:
 def test_a_sweep_point_that_is_uniform_is_the_baseline() -> None:
     found = propose({"kl": sweep(0, 2)}, evaluations=10)
     assert [candidate.source for candidate in found] == ["uniform"] * 3
+
+
+def test_a_budget_below_every_baseline_still_gets_its_proposal() -> None:
+    drafts = Drafts(SPACE, COSTS, {"kl": TABLE})
+    missed = drafts.proposals(drafts.baselines(), {"kl": mixed(9)}, evaluations=1)
+    assert [one.source for one in missed] == ["uniform"] * 3 + ["ilp"]
+    met = [replace(one, fits=True) for one in drafts.baselines()]
+    assert len(drafts.proposals(met, {"kl": mixed(9)}, evaluations=1)) == 3
 
 
 def test_axes_are_the_budgeted_resources() -> None:

@@ -40,6 +40,7 @@ def test_schemes_are_sorted_and_named_once() -> None:
         {"budgets": {"avg_bits": float("nan")}},
         {"budgets": {"avg_bits": float("inf")}},
         {"budgets": {"bits": 4}},
+        {"budgets": {"size_mb": 1e308}},
         {"model": "../etc/passwd"},
         {"model": "https://example.org/model"},
         {"model": "a/b/c"},

@@ -23,7 +23,21 @@ def test_text_and_scheme_are_inverse(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "w4", "int4", "w9a16", "w4a7", "w4a16g65", "w4a16g0", "w16a8", "w16a16g64", "W4A16", "w4a16 ", "w04a16x"],
+    [
+        "",
+        "w4",
+        "int4",
+        "w9a16",
+        "w4a7",
+        "w4a16g65",
+        "w4a16g0",
+        "w16a8",
+        "w16a16g64",
+        "W4A16",
+        "w4a16 ",
+        "w04a16x",
+        "w٤a16",
+    ],
 )
 def test_what_is_not_in_the_grammar_is_refused_with_the_grammar(text: str) -> None:
     with pytest.raises(InvalidRequest) as refused:

@@ -96,3 +96,29 @@ def test_every_row_allows_something() -> None:
     assert np.array_equal(
         found.allowed.sum(axis=1) == 1, ["layers.0.mlp.down_proj" in unit.name for unit in found.units]
     )
+
+
+def test_pins_that_settle_everything_leave_no_baseline() -> None:
+    found = space(decoder(), schemes=("w4a16g32", "w8a16g32"), pin={"*": "w8a16g32"})
+    assert found.pinned.all()
+    assert [found.uniform(scheme) for scheme in found.schemes] == [None, None]
+
+
+def test_one_scheme_is_not_a_pin() -> None:
+    found = space(decoder(), schemes=("w4a16g32",), pin={"*.down_proj": "w8a16g32"})
+    assert found.uniform(Scheme.parse("w8a16g32")) is None
+    assert found.uniform(Scheme.parse("w4a16g32")) is not None
+
+
+def test_part_of_what_a_runtime_merges_cannot_be_ignored() -> None:
+    with pytest.raises(InvalidRequest, match="merges it") as refused:
+        space(decoder(), ignore=("*.q_proj",))
+    assert refused.value.field == "space.ignore"
+    assert len(space(decoder(blocks=1), ignore=("*.q_proj", "*.k_proj", "*.v_proj")).units) == 3
+    assert len(space(decoder(blocks=1), target="generic", ignore=("*.q_proj", "lm_head")).units) == 6
+
+
+def test_a_bad_scheme_in_a_pin_is_the_pins_fault() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        space(decoder(), pin={"*.down_proj": "w6a6"})
+    assert refused.value.field == "space.pin"

@@ -158,7 +158,7 @@ class TestLoading:
         (repository / "refs" / "main").write_text(commit)
         program = (
             "import torch\nfrom workers.models import load_model\n"
-            "print(load_model('org/tiny', torch.device('cpu')).digest)"
+            "print(load_model('hub:org/tiny', torch.device('cpu')).digest)"
         )
         environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
         found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
@@ -269,7 +269,7 @@ class TestRefusals:
             "import sys, torch\n"
             "from search.errors import UnsupportedModel\n"
             "from workers.models import load_model\n"
-            "try:\n    load_model(sys.argv[1], torch.device('cpu'))\n"
+            "try:\n    load_model('hub:' + sys.argv[1], torch.device('cpu'))\n"
             "except UnsupportedModel as error:\n    print(error.detail, '|', error.field, error.value, error.accepted)"
         )
         environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}

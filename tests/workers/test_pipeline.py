@@ -1,5 +1,6 @@
 """One search from claim to frontier on a real classifier, in real Postgres; and what happens when it is cut short."""
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from sqlalchemy import Engine, delete
 
 from db import queue
@@ -224,6 +226,42 @@ def test_pins_hold_in_every_candidate(digits: Engine) -> None:
     search = ask(digits, space={"schemes": SCHEMES, "pin": {"classifier": "w8a16"}})
     work(digits)
     assert {candidate.allocation["classifier"] for candidate in candidates(digits, search.id)} == {"w8a16"}
+
+
+def test_a_search_in_which_everything_is_pinned_measures_that(digits: Engine) -> None:
+    search = ask(digits, space={"schemes": SCHEMES, "pin": {"*": "w4a16"}})
+    work(digits)
+    (only,) = candidates(digits, search.id)
+    assert (only.source, only.on_frontier, set(only.allocation.values())) == ("ilp", True, {"w4a16"})
+
+
+def test_a_model_that_was_replaced_is_loaded_again(
+    digits: Engine, worker: Worker, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "replaced"
+    shutil.copytree(model_folder("digits_vit"), folder)
+    put_model(digits, "replaced", str(folder), None)
+    digests = []
+    for _ in range(2):
+        search = ask(digits, model="replaced", sensitivity=["hessian_trace"], space={"schemes": ["w4a16"]})
+        wait_for(lambda search=search: get_search(digits, search.id).state == "succeeded")
+        digests.append((get_search(digits, search.id).summary or {})["model_digest"])
+        weights = load_file(folder / "model.safetensors")
+        save_file(
+            {name: weight * 1.01 for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+        )
+    assert digests[0] != digests[1]
+
+
+def test_an_unregistered_name_never_means_a_folder_of_the_worker(
+    digits: Engine, model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model_folder("digits_vit"), tmp_path / "some" / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ask(digits, model="some/model")
+    with pytest.raises(BitfrontierError, match="hub"):
+        work(digits)
 
 
 @pytest.fixture
