@@ -89,6 +89,9 @@ def load_model(source: str, device: torch.device) -> LoadedModel:
     Raises UnsupportedModel when there is no such model, its files are pickles, damaged or incomplete, it is quantized
     already, or its architecture has no known task.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     if source.startswith(HUB):
         return _load_folder(_from_hub(source.removeprefix(HUB)), device)
     path = Path(source)

@@ -137,7 +137,14 @@ def up(postgres_url: str, engine: Engine) -> Iterator[tuple[subprocess.Popen[byt
     port = free_port()
     environment = os.environ | {"BITFRONTIER_DATABASE_URL": postgres_url}
     command = [sys.executable, "-m", "api.cli", "up", "--port", str(port)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # Whoever runs the tests in the background hands down an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         assert process.stdout
         line = process.stdout.readline().decode()
