@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --co
 DEMO_MODEL := all-minilm-l6-v2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check bench-minilm bench-smollm2 clean
+.PHONY: help demo up test check bench-ilp bench-minilm bench-smollm2 clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ check: $(VENV)/.dev ## Lint, format, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-ilp: $(VENV)/.dev ## Time the integer program (takes 30 seconds)
+	$(BIN)/python -m benchmarks.ilp
 
 bench-minilm: $(VENV)/.dev ## Time a full search on MiniLM (takes 3 minutes)
 	$(BIN)/python -m benchmarks.minilm
