@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from search.budget import BUDGETS
+from search.metrics import MetricName
 from search.scheme import Scheme
 from search.targets import TARGETS
 
@@ -15,7 +16,6 @@ ModelName = Annotated[
     StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=200),
 ]
 Pattern = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_length=300)]
-Metric = Literal["hessian_trace", "kl"]
 
 
 class _Strict(BaseModel):
@@ -121,7 +121,7 @@ class SearchRequest(_Strict):
     calibration: Calibration = Field(default_factory=Calibration)
     space: SpaceRequest = Field(default_factory=SpaceRequest)
     budgets: Budgets
-    sensitivity: tuple[Metric, ...] = Field(("hessian_trace", "kl"), min_length=1)
+    sensitivity: tuple[MetricName, ...] = Field(("hessian_trace", "kl"), min_length=1)
     """Metrics that predict the loss; each fills its own table and proposes its own configurations."""
     optimizer: Optimizer = Field(default_factory=Optimizer)
 

@@ -21,7 +21,7 @@ from search.scheme import FULL_PRECISION, Scheme
 from workers.calibration import Batch, Data, load_data, one_item
 from workers.layers import CONVOLUTIONS, WeightedLayer, enumerate_layers
 from workers.loss import divergence, next_token_loss
-from workers.models import LoadedModel, load_model
+from workers.models import Dtype, LoadedModel, load_model
 from workers.prefix import BlockChain, find_chain
 from workers.quantizers import Grid, choose_grid, round_to_grid
 from workers.quantizers.activation import round_activation
@@ -32,6 +32,7 @@ class EvaluatorSpec:
     """What an evaluator is built from: anything that agrees in this may share one.
 
     `files` fingerprints the files behind `source` and the data set: a model or data set that was replaced is another.
+    `dtype` is what the model computes in.
     """
 
     source: str
@@ -39,6 +40,7 @@ class EvaluatorSpec:
     quantizer: str = "rtn"
     device: str = "cpu"
     files: str = ""
+    dtype: Dtype = "float32"
 
 
 class Evaluator:
@@ -64,13 +66,18 @@ class Evaluator:
     @classmethod
     def build(cls, spec: EvaluatorSpec) -> Evaluator:
         """Load what `spec` names."""
-        loaded = load_model(spec.source, torch.device(spec.device))
+        loaded = load_model(spec.source, torch.device(spec.device), spec.dtype)
         return cls(loaded, load_data(spec.calibration, loaded), spec.quantizer)
 
     @property
     def inventory(self) -> Inventory:
         """The model without its weights."""
         return inventory(self.loaded, self.layers)
+
+    def modules(self, name: str) -> list[nn.Module]:
+        """The modules that use a layer's weight: its own, and its aliases'."""
+        layer = self.layers[name]
+        return [layer.module, *map(self.loaded.model.get_submodule, layer.layer.aliases)]
 
     def apply(self, allocation: Mapping[str, Scheme]) -> None:
         """Give each named layer its scheme and every other layer full precision."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -41,6 +43,43 @@ def curvature(task: Task, output: Tensor, change: Tensor, mask: Tensor | None = 
         return product
     weights = torch.ones_like(product[..., 0]) if mask is None else mask.to(product)
     return product * (weights / weights.sum(-1, keepdim=True).clamp_min(1)).unsqueeze(-1)
+
+
+def score(task: Task, output: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+    """A random gradient c of the output whose outer product is, on average, the Hessian of the batch's mean divergence.
+
+    Of every position a label is drawn from the model and c is the gradient of its log-likelihood, with a random sign,
+    times the root of the position's weight in the mean: E[c cᵀ] = diag p − ppᵀ, and what differs in position or sample
+    is uncorrelated. An embedding's label is drawn on the sphere around its direction. Shaped as `output`; float32.
+    """
+    if task == "embedding":
+        noise = torch.randint(0, 2, output.shape, generator=generator, device=output.device).float() * 2 - 1
+        u = F.normalize(output.float(), dim=-1)
+        noise -= u * (u * noise).sum(-1, keepdim=True)
+        length: Tensor = output.float().norm(dim=-1, keepdim=True)
+        drawn: Tensor = noise / length / len(output) ** 0.5
+        return drawn
+    p = output.float().softmax(-1)
+    flat = p.view(-1, p.shape[-1])
+    labels = torch.multinomial(flat, 1, generator=generator)
+    c = flat.neg_().scatter_add_(1, labels, torch.ones_like(labels, dtype=flat.dtype)).view_as(p)
+    signs = torch.randint(0, 2, c.shape[:-1], generator=generator, device=c.device).to(c) * 2 - 1
+    if c.dim() == 3:
+        kept = torch.ones_like(signs) if mask is None else mask.to(signs)
+        signs *= (kept / kept.sum(-1, keepdim=True).clamp_min(1)).sqrt()
+    return c.mul_((signs / len(output) ** 0.5).unsqueeze(-1))
+
+
+def has_labels(task: Task, batch: Mapping[str, Tensor]) -> bool:
+    """Whether `labelled_loss` can be asked for: a text's next tokens are its labels, an embedding has none."""
+    return task == "causal-lm" or (task != "embedding" and "labels" in batch)
+
+
+def labelled_loss(task: Task, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss of every sample against its labels, in nats: a text's next tokens, an image's or sequence's class."""
+    if task == "causal-lm":
+        return next_token_loss(output, batch["input_ids"], batch["attention_mask"])
+    return F.cross_entropy(output.float(), batch["labels"], reduction="none")
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ TASKS: dict[str, Task] = {
     "Model": "embedding",
 }
 """What an architecture's name ends with → its task; longer endings first."""
+
+Dtype = Literal["float32", "bfloat16"]
 
 POOLING_FILE = "1_Pooling/config.json"
 POOLINGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
@@ -77,14 +80,22 @@ class LoadedModel:
 HUB = "hub:"
 
 
+def dtype() -> Dtype:
+    """What models compute in, as `BITFRONTIER_DTYPE` says: float32 (default) or bfloat16. Raises ValueError."""
+    chosen = os.environ.get("BITFRONTIER_DTYPE", "float32")
+    if chosen not in get_args(Dtype):
+        raise ValueError(f"BITFRONTIER_DTYPE is '{chosen}'; accepted: {', '.join(get_args(Dtype))}")
+    return cast(Dtype, chosen)
+
+
 def source_of(given: str) -> str:
     """The source that a person means: the absolute path of what exists here, else a hub id (`hub:org/name`)."""
     path = Path(given).expanduser()
     return str(path.resolve()) if path.exists() else HUB + given
 
 
-def load_model(source: str, device: torch.device) -> LoadedModel:
-    """Load `source`: a folder, a `.gguf` file, or `hub:org/name`.
+def load_model(source: str, device: torch.device, dtype: Dtype = "float32") -> LoadedModel:
+    """Load `source`: a folder, a `.gguf` file, or `hub:org/name`, to compute in `dtype`, which is part of its digest.
 
     Raises UnsupportedModel when there is no such model, its files are pickles, damaged or incomplete, it is quantized
     already, or its architecture has no known task.
@@ -92,12 +103,13 @@ def load_model(source: str, device: torch.device) -> LoadedModel:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if source.startswith(HUB):
-        return _load_folder(_from_hub(source.removeprefix(HUB)), device)
-    path = Path(source)
-    if path.suffix == ".gguf" and path.is_file():
-        return _load_gguf(path, device)
-    return _load_folder(path, device)
+    path = _from_hub(source.removeprefix(HUB)) if source.startswith(HUB) else Path(source)
+    gguf = path.suffix == ".gguf" and path.is_file()
+    loaded = _load_gguf(path, device) if gguf else _load_folder(path, device)
+    if dtype != "float32":
+        loaded.model.to(getattr(torch, dtype))
+        loaded.digest += f":{dtype}"
+    return loaded
 
 
 def _load_folder(folder: Path, device: torch.device) -> LoadedModel:

@@ -19,16 +19,17 @@ from db import queue
 from db.candidates import put_candidates
 from db.events import add_event
 from db.models import get_model, put_model
-from db.results import put_result
+from db.results import get_results, put_result
 from db.searches import get_search
 from db.tables import Stage
 from search.agreement import spearman
 from search.budget import Bound, check_feasible, cost_bounds
 from search.candidate import Candidate
 from search.cost import Cost, Resource, cost_tables
-from search.errors import UnsupportedModel
+from search.errors import InvalidCalibration, UnsupportedModel
 from search.ilp import check_jointly_feasible, frontier
 from search.inventory import Inventory
+from search.metrics import METRICS, Metric
 from search.proposals import Drafts, axes, judge
 from search.request import SearchRequest
 from search.space import Space, build_space
@@ -38,10 +39,10 @@ from workers.cluster import Pool
 from workers.datasets import path_of
 from workers.evaluator import EvaluatorSpec
 from workers.fingerprint import fingerprint
-from workers.models import HUB
+from workers.models import HUB, dtype
 from workers.run import Run
-from workers.sensitivity import METRICS, Table
-from workers.tasks import DESCRIBE, MEASURE, Content, Result, content_key
+from workers.sensitivity import FILLS, Subject, Table
+from workers.tasks import DESCRIBE, MEASURE, Content, Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ class Profile:
     space: Space
     costs: dict[Resource, Cost]
     bounds: list[Bound]
-    batch_sizes: list[int]
+    batch_sizes: tuple[int, ...]
+    forward_seconds: float
 
 
 def evaluator_spec(engine: Engine, request: SearchRequest) -> EvaluatorSpec:
@@ -72,6 +74,7 @@ def evaluator_spec(engine: Engine, request: SearchRequest) -> EvaluatorSpec:
         calibration=request.calibration,
         quantizer=request.space.quantizer,
         device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=dtype(),
         files=fingerprint(Path(source), *filter(None, [path_of(dataset) if dataset else None])),
     )
 
@@ -89,7 +92,8 @@ def run_search(
     run = Run(engine, claim, request, pool_for(evaluator_spec(engine, request)), check)
     profile = profile_model(run)
     tables = fill_tables(run, profile)
-    uniform = Drafts(profile.space, profile.costs, _values(tables)).baselines()
+    predictions = {metric: _prediction(table) for metric, table in tables.items()}
+    uniform = Drafts(profile.space, profile.costs, predictions).baselines()
     baselines = measure(run, profile, uniform, "baselines")
     candidates = measure(run, profile, optimize(run, profile, tables, baselines), "measure")
     tell_if_nothing_fits(run, candidates)
@@ -108,6 +112,7 @@ def profile_model(run: Run) -> Profile:
         put_model(run.engine, request.model, spec.source, inventory)
     run.content = Content(inventory.digest, described["data_digest"], request.space.quantizer)
 
+    check_labels(request, labelled=described["labelled"])
     space = build_space(inventory, request.space, find_target(request.target))
     costs = cost_tables(space, inventory)
     bounds = cost_bounds(request.budgets.named())
@@ -135,33 +140,82 @@ def profile_model(run: Run) -> Profile:
             name: value for name, value in described["full_precision"].items() if not name.startswith("loss")
         },
         "tables": {},
+        "metrics": {},
         "correction": {},
     }
     run.save()
     queue.progress(run.engine, run.claim, "profile", 1, 1)
-    return Profile(inventory, space, costs, bounds, described["batch_sizes"])
+    return Profile(inventory, space, costs, bounds, tuple(described["batch_sizes"]), described["forward_seconds"])
+
+
+def check_labels(request: SearchRequest, *, labelled: bool) -> None:
+    """Raise InvalidCalibration when a requested metric needs labels that the data does not have."""
+    needing = [name for name in request.sensitivity if "labels" in METRICS[name].needs]
+    if needing and not labelled:
+        without = [name for name, metric in METRICS.items() if "labels" not in metric.needs]
+        raise InvalidCalibration(
+            f"{needing[0]} needs labels, and the calibration data has none",
+            field="sensitivity",
+            value=needing[0],
+            accepted=f"a calibration.dataset with labels, or metrics that need none: {', '.join(without)}",
+        )
 
 
 def fill_tables(run: Run, profile: Profile) -> dict[str, Table]:
-    """Each metric fills its table; each finished table is a row, keyed by content."""
-    tables: dict[str, Table] = {}
-    for metric in run.request.sensitivity:
-        run.enter("sensitivity", len(profile.space.units))
-        began = time.monotonic()
-        table = METRICS[metric](
-            lambda task, items: run.compute(task, items, "sensitivity"), profile.space, profile.batch_sizes
+    """Each metric fills its table; each finished table is a row, keyed by what it depends on."""
+    subject = Subject(profile.space, profile.batch_sizes, frozenset(run.request.sensitivity))
+    return {metric: fill_table(run, METRICS[metric], subject, profile) for metric in run.request.sensitivity}
+
+
+def fill_table(run: Run, metric: Metric, subject: Subject, profile: Profile) -> Table:
+    """The table of a metric: the stored one, else computed.
+
+    Raises UnsupportedModel when a value is not finite.
+    """
+    assert run.content is not None
+    passes = metric.forward_passes(profile.space)
+    estimate = {"forward_passes": passes, "estimated_seconds": passes * profile.forward_seconds}
+    run.enter("sensitivity", len(profile.space.units), {"metric": metric.name} | estimate)
+    key = run.content.table_key(metric, profile.space)
+    began = time.monotonic()
+    stored = get_results(run.engine, [key]).get(key)
+    if stored is not None:
+        table = Table.from_json(stored)
+    else:
+        table = FILLS[metric.name](lambda task, items: run.compute(task, items, "sensitivity"), subject)
+        check_finite(metric, table, profile.space)
+        put_result(run.engine, key, "sensitivity", {"metric": metric.name} | table.to_json(), time.monotonic() - began)
+    for note in table.notes:
+        run.notice(f"{metric.name}: {note}")
+    run.summary["tables"][metric.name] = key
+    run.summary["metrics"][metric.name] = estimate | {
+        "seconds": time.monotonic() - began,
+        "reused": stored is not None,
+        "in_loss_units": metric.in_loss_units,
+        "notes": list(table.notes),
+    }
+    run.save()
+    return table
+
+
+def check_finite(metric: Metric, table: Table, space: Space) -> None:
+    """Raise UnsupportedModel, naming units, when a prediction that should exist is not finite."""
+    broken = ~np.isfinite(table.values.to_numpy()) & space.allowed
+    if broken.any():
+        names = [unit.name for unit, row in zip(space.units, broken.any(axis=1), strict=True) if row]
+        raise UnsupportedModel(
+            f"{metric.name} is not finite for {len(names)} of {len(space.units)} units, {names[0]} among them: "
+            "the model's activations or gradients overflow on the calibration data",
+            field="sensitivity",
+            value=metric.name,
+            accepted="a model that is finite on the calibration data; on half precision, BITFRONTIER_DTYPE=float32",
         )
-        document = _table_document(metric, profile.space, table)
-        key = content_key(["sensitivity", document])
-        put_result(run.engine, key, "sensitivity", document, time.monotonic() - began)
-        run.summary["tables"][metric] = key
-        run.save()
-        tables[metric] = table
-    return tables
 
 
 def optimize(run: Run, profile: Profile, tables: dict[str, Table], baselines: Sequence[Candidate]) -> list[Candidate]:
     """Correct the predictions with the measured baselines, and sweep the budget on each metric's.
+
+    A signed prediction below zero counts as zero: an integer program would heap up rounding errors that seem to heal.
 
     Returns the baselines and the proposals, the latter unmeasured.
     """
@@ -175,8 +229,9 @@ def optimize(run: Run, profile: Profile, tables: dict[str, Table], baselines: Se
     ]
     corrected, sweeps = {}, {}
     for done, (metric, table) in enumerate(tables.items(), start=1):
-        factors = scheme_factors(table.values, uniform)
-        corrected[metric] = table.values * factors
+        predicted = _prediction(table)
+        factors = scheme_factors(predicted, uniform)
+        corrected[metric] = predicted * factors
         texts = [str(scheme) for scheme in space.schemes]
         run.summary["correction"][metric] = dict(zip(texts, factors.tolist(), strict=True))
         solutions = frontier(
@@ -189,8 +244,8 @@ def optimize(run: Run, profile: Profile, tables: dict[str, Table], baselines: Se
         queue.progress(run.engine, run.claim, "optimize", done, len(tables))
     run.save()
     drafts = Drafts(space, profile.costs, corrected)
-    predicted = {candidate.label: candidate.predicted for candidate in drafts.baselines()}
-    baselines = [replace(candidate, predicted=predicted[candidate.label]) for candidate in baselines]
+    again = {candidate.label: candidate.predicted for candidate in drafts.baselines()}
+    baselines = [replace(candidate, predicted=again[candidate.label]) for candidate in baselines]
     return drafts.proposals(baselines, sweeps, request.optimizer.evaluations)
 
 
@@ -242,23 +297,9 @@ def agreement(candidates: Sequence[Candidate]) -> dict[str, dict[str, float | in
     }
 
 
-def _values(tables: dict[str, Table]) -> dict[str, NDArray[np.float64]]:
-    return {metric: table.values for metric, table in tables.items()}
-
-
-def _table_document(metric: str, space: Space, table: Table) -> Result:
-    return {
-        "metric": metric,
-        "units": [unit.name for unit in space.units],
-        "schemes": [str(scheme) for scheme in space.schemes],
-        "values": _finite(table.values),
-        "stderr": _finite(table.stderr),
-        "details": table.details,
-    }
-
-
-def _finite(values: NDArray[np.float64]) -> list[list[float | None]]:
-    return [[float(value) if np.isfinite(value) else None for value in row] for row in values]
+def _prediction(table: Table) -> NDArray[np.float64]:
+    clamped: NDArray[np.float64] = table.values.clip(lower=0.0).to_numpy()
+    return clamped
 
 
 def _device_name(device: str) -> str:

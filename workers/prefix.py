@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class BlockChain:
@@ -38,6 +40,20 @@ class BlockChain:
             yield
         finally:
             for block, own in skipped:
+                del block.forward
+                if own is not None:
+                    block.forward = own
+
+    @contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        """Within, a backward pass computes each block's activations again instead of keeping them."""
+        inner = [(block, vars(block).get("forward"), block.forward) for block in self.blocks]
+        try:
+            for block, _, forward in inner:
+                block.forward = partial(checkpoint, forward, use_reentrant=False)
+            yield
+        finally:
+            for block, own, _ in inner:
                 del block.forward
                 if own is not None:
                     block.forward = own

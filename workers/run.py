@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,10 +31,10 @@ class Run:
     content: Content | None = None
     summary: dict[str, Any] = field(default_factory=dict)
 
-    def enter(self, stage: Stage, total: int) -> None:
-        """Say that a stage begins with `total` steps ahead."""
+    def enter(self, stage: Stage, total: int, about: Mapping[str, Any] | None = None) -> None:
+        """Say that a stage begins with `total` steps ahead; `about` goes into its event."""
         self.check()
-        add_event(self.engine, self.claim.search_id, "stage", {"stage": stage, "total": total})
+        add_event(self.engine, self.claim.search_id, "stage", {"stage": stage, "total": total} | dict(about or {}))
         queue.progress(self.engine, self.claim, stage, 0, total)
 
     def notice(self, message: str) -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from search import allocation
+from search.metrics import Metric
+from search.space import Space
 from workers.evaluator import Evaluator
+from workers.loss import has_labels
 
 Item = dict[str, Any]
 """Plain JSON: it is part of the result's key."""
@@ -48,6 +54,13 @@ class Content:
         data = self.data_digest if task.uses_data else None
         return content_key([task.name, task.version, self.model_digest, data, self.quantizer, item])
 
+    def table_key(self, metric: Metric, space: Space) -> str:
+        """Content key of a metric's table over a space."""
+        data = self.data_digest if "data" in metric.needs else None
+        units = [[layer.name for layer in unit.layers] for unit in space.units]
+        asked = [[unit.name for unit in space.units], units, list(map(str, space.schemes)), space.allowed.tolist()]
+        return content_key(["table", metric.name, metric.version, self.model_digest, data, self.quantizer, asked])
+
 
 def content_key(content: object) -> str:
     """SHA-256 of canonical JSON."""
@@ -55,12 +68,25 @@ def content_key(content: object) -> str:
 
 
 def _describe(evaluator: Evaluator, _item: Item) -> Result:
+    batches = evaluator.batches("calibration")
     return {
         "inventory": evaluator.inventory.to_json(),
         "data_digest": evaluator.data.digest,
-        "batch_sizes": [len(next(iter(batch.values()))) for batch in evaluator.batches("calibration")],
+        "batch_sizes": [len(next(iter(batch.values()))) for batch in batches],
+        "labelled": has_labels(evaluator.loaded.task, batches[0]),
         "full_precision": evaluator.measure({}),
+        "forward_seconds": _seconds(evaluator) * len(batches),
     }
+
+
+def _seconds(evaluator: Evaluator) -> float:
+    """Of a forward pass over the first calibration batch, once everything is warm."""
+    began = time.perf_counter()
+    with torch.no_grad():
+        evaluator.loaded(evaluator.batches("calibration")[0])
+    if evaluator.loaded.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def _measure(evaluator: Evaluator, item: Item) -> Result:
@@ -68,7 +94,8 @@ def _measure(evaluator: Evaluator, item: Item) -> Result:
 
 
 DESCRIBE = Task("describe", 1, _describe)
-"""Item: empty. Result: inventory, digest of the data, sizes of the calibration batches, full-precision metrics."""
+"""Item: empty. Result: inventory, digest of the data, sizes of the calibration batches, whether there are labels,
+full-precision metrics, and the seconds of a forward pass over the calibration split."""
 
 MEASURE = Task("measure", 1, _measure)
 """Item: layer → scheme text. Result: the metrics of `Evaluator.measure`."""

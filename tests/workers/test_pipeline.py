@@ -142,7 +142,7 @@ def test_another_budget_on_the_same_model_is_nearly_free(digits: Engine) -> None
     assert isinstance(pool, Counting)
     new = {tuple(candidate.allocation.values()) for candidate in candidates(digits, second.id)}
     assert pool.computed <= 1 + len(new)
-    assert summary["reused"] > 5 * summary["computed"] / 2
+    assert all(metric["reused"] for metric in summary["metrics"].values())
 
 
 def test_the_same_request_gives_the_same_frontier(digits: Engine) -> None:

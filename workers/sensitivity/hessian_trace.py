@@ -28,7 +28,7 @@ from workers.evaluator import Evaluator, token_dims
 from workers.loss import curvature
 from workers.models import LoadedModel
 from workers.quantizers.activation import round_activation
-from workers.sensitivity.table import Table, metric
+from workers.sensitivity.table import Entry, Subject, Table, metric, sum_of_layers
 from workers.tasks import Compute, Item, Result, Task
 
 PARTS = 4
@@ -41,8 +41,9 @@ RELATIVE_ERROR = 0.2
 
 
 @metric("hessian_trace")
-def hessian_trace(compute: Compute, space: Space, batch_sizes: list[int]) -> Table:
+def hessian_trace(compute: Compute, subject: Subject) -> Table:
     """Predicted loss increase of every unit at every allowed scheme; each round probes every calibration sample."""
+    space, batch_sizes = subject.space, subject.batch_sizes
     names = [layer.name for layer in space.layers]
     rounded_inputs = [layer.name for layer in _layers_with_rounded_inputs(space)]
     widths = sorted({scheme.activation_bits for scheme in space.schemes if scheme.quantizes_activations})
@@ -75,31 +76,23 @@ def hessian_trace(compute: Compute, space: Space, batch_sizes: list[int]) -> Tab
     )
     rounding = dict(zip(names, errors, strict=True))
 
-    shape = space.allowed.shape
-    weight, weight_var, activation, activation_var = (np.zeros(shape) for _ in range(4))
-    for row, unit in enumerate(space.units):
-        for column, scheme in enumerate(space.schemes):
-            for layer in unit.layers if space.allowed[row, column] else ():
-                if scheme.quantizes_weights:
-                    mean, error = traces[layer.name]
-                    half_square = rounding[layer.name][_weight_only(scheme)] / 2
-                    weight[row, column] += mean * half_square
-                    weight_var[row, column] += (error * half_square) ** 2
-                if scheme.quantizes_activations:
-                    mean, error = inputs[scheme.activation_bits][layer.name]
-                    activation[row, column] += mean
-                    activation_var[row, column] += error**2
-    return Table(
-        np.where(space.allowed, weight + activation, np.inf),
-        np.where(space.allowed, np.sqrt(weight_var + activation_var), np.inf),
-        {
-            "average_trace": {name: mean for name, (mean, _) in traces.items()},
-            "relative_error": relative_error,
-            "probes": len(estimates),
-            "weight": weight.tolist(),
-            "activation": activation.tolist(),
-        },
-    )
+    def entry(layer: str, scheme: Scheme) -> Entry:
+        weight = activation = variance = 0.0
+        if scheme.quantizes_weights:
+            mean, error = traces[layer]
+            half_square = rounding[layer][_weight_only(scheme)] / 2
+            weight, variance = mean * half_square, (error * half_square) ** 2
+        if scheme.quantizes_activations:
+            activation, error = inputs[scheme.activation_bits][layer]
+            variance += error**2
+        return Entry(weight, activation, variance)
+
+    details = {
+        "average_trace": {name: mean for name, (mean, _) in traces.items()},
+        "relative_error": relative_error,
+        "probes": len(estimates),
+    }
+    return Table.of(space, sum_of_layers(entry), details)
 
 
 def _samples(estimates: list[Result], part: str) -> NDArray[np.float64]:

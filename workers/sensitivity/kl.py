@@ -6,17 +6,17 @@ Blocks before the unit's own are not run again: their output is computed once pe
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from search.scheme import Scheme
 from search.space import Space, Unit
 from workers.evaluator import Evaluator, standard_error
-from workers.sensitivity.table import Table, metric
+from workers.sensitivity.table import Entry, Subject, Table, metric
 from workers.tasks import Compute, Item, Result, Task
 
 RELATIVE_ERROR = 0.15
@@ -24,18 +24,20 @@ RELATIVE_ERROR = 0.15
 
 
 @metric("kl")
-def kl(compute: Compute, space: Space, _batch_sizes: list[int]) -> Table:
+def kl(compute: Compute, subject: Subject) -> Table:
     """The divergence of every unit at every allowed scheme, on the calibration split; one task per block."""
-    values = np.full(space.allowed.shape, np.inf)
-    stderr = np.full(space.allowed.shape, np.inf)
+    space = subject.space
     groups = [list(group) for _, group in groupby(range(len(space.units)), key=lambda row: space.units[row].block)]
     results = compute(DIVERGENCE, [_item([space.units[row] for row in rows], rows, space) for rows in groups])
-    for rows, result in zip(groups, results, strict=True):
-        for row in rows:
-            for text, (mean, error) in result[space.units[row].name].items():
-                column = space.schemes.index(Scheme.parse(text))
-                values[row, column], stderr[row, column] = mean, error
-    return Table(values, stderr)
+    found = {name: losses for result in results for name, losses in result.items()}
+
+    def entry(unit: Unit, scheme: Scheme) -> Entry:
+        mean, error = found[unit.name][str(scheme)]
+        # What one measurement gives together is told apart by that of the same weights with activations kept.
+        weights = found[unit.name].get(str(replace(scheme, activation_bits=16)), [mean])[0]
+        return Entry(min(weights, mean), mean - min(weights, mean), error**2)
+
+    return Table.of(space, entry)
 
 
 def _item(units: list[Unit], rows: list[int], space: Space) -> Item:

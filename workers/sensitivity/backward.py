@@ -1,0 +1,133 @@
+"""Backward passes that hand each layer's gradients over as they reach it, and keep none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.calibration import Batch
+from workers.evaluator import Evaluator
+
+LARGE = 2**28
+"""Models with more bytes of parameters than this are differentiated one sample at a time, and their blocks'
+activations are computed again when the backward pass reaches them."""
+
+OnWeight = Callable[[str, Tensor], None]
+"""(layer, gradient shaped as the parameter), once a backward pass, summed over all uses of the weight."""
+
+OnUse = Callable[[str, Tensor, Tensor], None]
+"""(layer, its input, gradient of the input or the output), once for each use of the layer."""
+
+
+@contextmanager
+def visiting(
+    evaluator: Evaluator,
+    layers: Iterable[str],
+    *,
+    weight: OnWeight | None = None,
+    entered: OnUse | None = None,
+    left: OnUse | None = None,
+) -> Iterator[None]:
+    """Within, a backward pass through the model calls `weight` with the gradient of each of `layers`' weights,
+    `entered` with that of its input through this layer alone, `left` with that of its output.
+
+    Fused experts have no input and output of their own: of them only the weight is visited.
+    """
+    with ExitStack() as stack:
+        for name in layers:
+            layer = evaluator.layers[name]
+            if weight is not None:
+                stack.enter_context(_weight_visited(layer.parameter, name, weight))
+            if layer.layer.kind != "experts":
+                for module in evaluator.modules(name):
+                    stack.enter_context(_uses_visited(module, name, entered, left))
+        if evaluator.chain is not None and is_large(evaluator):
+            stack.enter_context(evaluator.chain.checkpointed())
+        yield
+
+
+def micro_batches(evaluator: Evaluator, index: int, split: str = "calibration") -> Iterator[tuple[Batch, slice]]:
+    """What is differentiated at once of batch `index`, and where it stands in it: the batch, or each sample of it."""
+    batch = evaluator.batches(split)[index]
+    count = len(next(iter(batch.values())))
+    size = 1 if is_large(evaluator) else count
+    for start in range(0, count, size):
+        chosen = slice(start, start + size)
+        yield {key: value[chosen] for key, value in batch.items()}, chosen
+
+
+def is_large(evaluator: Evaluator) -> bool:
+    """Whether the model's parameters outweigh what its activations may take."""
+    return sum(p.numel() * p.element_size() for p in evaluator.loaded.model.parameters()) > LARGE
+
+
+@contextmanager
+def _weight_visited(parameter: nn.Parameter, name: str, visit: OnWeight) -> Iterator[None]:
+    def take(leaf: Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        if gradient is not None:
+            visit(name, gradient)
+
+    parameter.requires_grad_(True)
+    hook = parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        hook.remove()
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+@contextmanager
+def _uses_visited(module: nn.Module, name: str, entered: OnUse | None, left: OnUse | None) -> Iterator[None]:
+    def enter(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x = inputs[0]
+        if entered is None or not x.is_floating_point():
+            return None
+        if not x.requires_grad and torch.is_grad_enabled():
+            x = x.detach().requires_grad_()
+        return (_visited(x, x, partial(entered, name)), *inputs[1:])
+
+    def leave(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if left is None or not torch.is_grad_enabled():
+            return None
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        return _visited(output, inputs[0], partial(left, name))
+
+    hooks = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _visited(y: Tensor, x: Tensor, visit: Callable[[Tensor, Tensor], None]) -> Tensor:
+    visited: Tensor = _Visited.apply(y, x, visit)  # type: ignore[no-untyped-call]
+    return visited
+
+
+class _Visited(torch.autograd.Function):
+    """`y` as it is; going backwards, `visit(x, gradient of y)`.
+
+    x is kept as autograd keeps tensors, so that a checkpointed block computes it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, visit: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.visit = visit
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            ctx.visit(x, gradients[0])
+        return gradients[0], None, None
