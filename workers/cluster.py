@@ -59,7 +59,7 @@ class InProcessPool:
 
 
 class RayPool:
-    """Evaluators as Ray actors: one per GPU of the cluster, else one with all the CPU threads of a node.
+    """Evaluators as Ray actors: one per GPU of the cluster, else `evaluators_per_node()` that share a node's threads.
 
     An actor whose process or node dies is built again elsewhere and its task repeated, a few times.
     """
@@ -71,11 +71,17 @@ class RayPool:
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if spec.device == "cuda" else 0
         nodes = [node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]]
-        options = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": max(1, int(min(nodes)))}
+        threads = max(1, int(min(nodes)))
+        each = min(evaluators_per_node(), threads)
+        options = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": threads // each}
+        count = gpus or len(nodes) * each
         actor = ray.remote(_Actor).options(
             max_restarts=LOST_WORKER_RETRIES, max_task_retries=LOST_WORKER_RETRIES, **options
         )
-        self._actors = [actor.remote(spec, options["num_cpus"]) for _ in range(gpus or len(nodes))]
+        self._actors = [actor.remote(spec, options["num_cpus"]) for _ in range(count)]
+
+    def __len__(self) -> int:
+        return len(self._actors)
 
     def map(self, function: Function, items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         """Give each actor one item at a time. Raises what the function raised; a BitfrontierError when actors are lost
@@ -139,6 +145,17 @@ def open_pool(spec: EvaluatorSpec) -> Pool:
     if kind not in pools:
         raise ValueError(f"BITFRONTIER_POOL is '{kind}'; accepted: {', '.join(pools)}")
     return pools[kind](spec)
+
+
+def evaluators_per_node() -> int:
+    """`BITFRONTIER_EVALUATORS` (default 1). Raises ValueError when it is no positive number.
+
+    Small models leave most of many cores idle: several evaluators with a few threads each use them.
+    """
+    text = os.environ.get("BITFRONTIER_EVALUATORS", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"BITFRONTIER_EVALUATORS is '{text}'; accepted: a whole number, at least 1")
+    return int(text)
 
 
 def start_ray() -> ModuleType:

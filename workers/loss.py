@@ -21,11 +21,28 @@ def divergence(task: Task, output: Tensor, reference: Tensor, mask: Tensor | Non
     # Both are written as sums of terms of second order: in the textbook forms terms of first order cancel, and what
     # float32 leaves of them is greater than the loss of one layer at 8 bits.
     if task == "embedding":
-        return (F.normalize(output, dim=-1) - F.normalize(reference, dim=-1)).square().sum(-1) / 2
+        return (F.normalize(output.float(), dim=-1) - F.normalize(reference.float(), dim=-1)).square().sum(-1) / 2
     log_q, log_p = output.float().log_softmax(-1), reference.float().log_softmax(-1)
     p = log_p.exp()
     kl = (log_q.exp() - p - p * (log_q - log_p)).sum(-1)
     return masked_mean(kl, mask) if kl.dim() == 2 else kl
+
+
+def gradient(task: Task, output: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Gradient of each sample's `divergence` with respect to the output. Shaped as `output`.
+
+    KL: q − p at every position, over the number of positions. Autograd finds the same, and keeps five tensors of the
+    output's size until then.
+    """
+    if task == "embedding":
+        u = F.normalize(output.float(), dim=-1)
+        away = u - F.normalize(reference.float(), dim=-1)
+        length: Tensor = output.float().norm(dim=-1, keepdim=True)
+        return ((away - u * away.square().sum(-1, keepdim=True) / 2) / length).to(output)
+    moved = output.float().softmax(-1).sub_(reference.float().softmax(-1))
+    if moved.dim() == 3:
+        moved *= _position_weights(moved, mask)
+    return moved.to(output)
 
 
 def curvature(task: Task, output: Tensor, change: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -35,14 +52,14 @@ def curvature(task: Task, output: Tensor, change: Tensor, mask: Tensor | None = 
     being the direction of the output. Shaped as `output`.
     """
     if task == "embedding":
+        output = output.float()
         u = F.normalize(output, dim=-1)
         return (change - u * (u * change).sum(-1, keepdim=True)) / output.square().sum(-1, keepdim=True)
     p = output.float().softmax(-1)
     product = p * (change - (p * change).sum(-1, keepdim=True))
     if product.dim() == 2:
         return product
-    weights = torch.ones_like(product[..., 0]) if mask is None else mask.to(product)
-    return product * (weights / weights.sum(-1, keepdim=True).clamp_min(1)).unsqueeze(-1)
+    return product * _position_weights(product, mask)
 
 
 def score(task: Task, output: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -92,3 +109,9 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over the last dimension of the positions that `mask` keeps."""
     weights = torch.ones_like(values) if mask is None else mask.to(values)
     return (values * weights).sum(-1) / weights.sum(-1).clamp_min(1)
+
+
+def _position_weights(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Of every position in its sample's mean, samples × positions × 1."""
+    weights = torch.ones_like(logits[..., 0]) if mask is None else mask.to(logits)
+    return (weights / weights.sum(-1, keepdim=True).clamp_min(1)).unsqueeze(-1)

@@ -9,7 +9,7 @@ from scipy.spatial.distance import cosine
 from scipy.stats import entropy
 
 from search.inventory import Task
-from workers.loss import curvature, divergence, masked_mean, next_token_loss
+from workers.loss import curvature, divergence, has_labels, labelled_loss, masked_mean, next_token_loss, score
 
 seeds = st.integers(0, 2**31)
 SHAPES = {
@@ -100,3 +100,32 @@ def test_curvature_is_the_hessian_of_the_divergence_where_it_is_zero(task: Task,
 
     _, expected = torch.autograd.functional.hvp(loss, output, change)
     assert torch.allclose(curvature(task, output, change, mask), expected, rtol=1e-3, atol=1e-5)
+
+
+@every_task
+def test_the_outer_product_of_scores_is_on_average_the_curvature_of_the_mean_divergence(task: str) -> None:
+    output, _ = outputs(task, 3)
+    output = output / 3
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]) if task == "causal-lm" else None
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.stack([score(task, output, mask, generator).flatten() for _ in range(40_000)]).double()
+    covariance = scores.T @ scores / len(scores)
+
+    exact = torch.empty_like(covariance)
+    for index, unit in enumerate(torch.eye(output.numel())):
+        exact[index] = curvature(task, output, unit.view_as(output), mask).flatten().double() / len(output)
+    error = (scores.square().T @ scores.square() / len(scores) - covariance.square()).clamp_min(0).sqrt()
+    error /= len(scores) ** 0.5
+    assert ((covariance - exact).abs() <= 5.5 * error + 1e-6).all()
+    assert scores.mean(0).abs().max() < 0.05
+
+
+def test_only_what_has_labels_has_a_labelled_loss() -> None:
+    labels = {"labels": torch.tensor([1, 0, 2])}
+    assert has_labels("causal-lm", {})
+    assert has_labels("image-classification", labels)
+    assert not has_labels("image-classification", {})
+    assert not has_labels("embedding", labels)
+    logits, _ = outputs("image-classification", 0)
+    expected = [-float(row.log_softmax(0)[label]) for row, label in zip(logits, [1, 0, 2], strict=True)]
+    assert labelled_loss("image-classification", logits, labels).tolist() == pytest.approx(expected, rel=1e-5)

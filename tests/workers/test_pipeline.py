@@ -19,13 +19,17 @@ from db.models import get_model, put_model
 from db.results import get_results
 from db.searches import Search, create_search, get_search
 from db.tables import ResultRow
-from search.errors import BitfrontierError, InfeasibleBudget, InvalidRequest
-from search.request import SearchRequest
+from search.errors import BitfrontierError, InfeasibleBudget, InvalidCalibration, InvalidRequest, UnsupportedModel
+from search.metrics import METRICS
+from search.request import SearchRequest, SpaceRequest
+from search.space import build_space
+from search.targets import find_target
 from tests import models
 from workers.__main__ import Worker
 from workers.cluster import Function, InProcessPool, Pool
-from workers.evaluator import EvaluatorSpec
-from workers.pipeline import run_search
+from workers.evaluator import Evaluator, EvaluatorSpec
+from workers.pipeline import check_finite, evaluator_spec, run_search
+from workers.sensitivity import Table
 from workers.tasks import Item, Result
 
 SCHEMES = ["w2a16", "w3a16", "w4a16", "w8a16"]
@@ -312,3 +316,63 @@ def test_invalid_request_is_what_a_contradictory_pin_raises(digits: Engine) -> N
     ask(digits, space={"schemes": SCHEMES, "pin": {"classifier": "w8a16", "class*": "w4a16"}})
     with pytest.raises(InvalidRequest, match="several schemes"):
         work(digits)
+
+
+def test_a_person_hears_what_a_metric_will_cost_before_it_runs_and_what_it_cost(digits: Engine) -> None:
+    search = ask(digits)
+    work(digits)
+    said = [event.data for event in events_after(digits, search.id, 0) if event.kind == "stage"]
+    summary = get_search(digits, search.id).summary
+    assert summary is not None
+    for metric in search.request["sensitivity"]:
+        (stage,) = (data for data in said if data.get("metric") == metric)
+        found = summary["metrics"][metric]
+        assert stage["forward_passes"] == found["forward_passes"] > 0
+        assert stage["estimated_seconds"] == found["estimated_seconds"] > 0
+        assert found["seconds"] > 0
+
+
+def test_a_metric_that_needs_labels_is_refused_before_anything_is_computed(
+    digits: Engine, datasets_folder: Path
+) -> None:
+    images, _ = models.digits_arrays()
+    np.savez(datasets_folder / "unlabelled.npz", images=images[-models.HELD_OUT :])
+    ask(
+        digits,
+        calibration={"dataset": "unlabelled", "samples": 64},
+        sensitivity=["kl", "hessian_trace_labels"],
+    )
+    with pytest.raises(InvalidCalibration) as refused:
+        work(digits)
+    assert (refused.value.field, refused.value.value) == ("sensitivity", "hessian_trace_labels")
+    assert "fisher" in refused.value.accepted
+
+
+def test_a_table_is_found_again_whatever_else_was_asked(digits: Engine) -> None:
+    """Tables are keyed by metric, space, model and data: not by the search, its budget or its other metrics."""
+    first = ask(digits, sensitivity=["kl"])
+    work(digits)
+    second = ask(digits, sensitivity=["size", "kl"], budgets={"avg_bits": 6})
+    work(digits)
+    summaries = [get_search(digits, search.id).summary or {} for search in (first, second)]
+    assert summaries[0]["tables"]["kl"] == summaries[1]["tables"]["kl"]
+    assert [summary["metrics"]["kl"]["reused"] for summary in summaries] == [False, True]
+    third = ask(digits, sensitivity=["kl"], space={"schemes": SCHEMES[1:]})
+    work(digits)
+    assert (get_search(digits, third.id).summary or {})["tables"]["kl"] != summaries[0]["tables"]["kl"]
+
+
+def test_a_prediction_that_is_not_finite_names_the_metric_and_the_unit(digits: Engine) -> None:
+    search = ask(digits)
+    work(digits)
+    summary = get_search(digits, search.id).summary
+    assert summary is not None
+    stored = get_results(digits, [summary["tables"]["kl"]])[summary["tables"]["kl"]]
+    table = Table.from_json(stored)
+    table.weight.iloc[2, 1] = float("nan")
+    spec = evaluator_spec(digits, SearchRequest.model_validate(search.request))
+    space = build_space(Evaluator.build(spec).inventory, SpaceRequest(schemes=tuple(SCHEMES)), find_target("generic"))
+    with pytest.raises(UnsupportedModel) as refused:
+        check_finite(METRICS["kl"], table, space)
+    assert refused.value.value == "kl"
+    assert table.weight.index[2] in refused.value.detail

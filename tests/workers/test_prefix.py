@@ -163,3 +163,33 @@ def test_the_chain_with_the_most_parameters_is_taken() -> None:
     chain = find_chain(model, lambda: large(small(x)))
     assert chain is not None
     assert chain.names == ["large.0", "large.1", "large.2"]
+
+
+def test_checkpointed_blocks_give_the_same_gradients_and_keep_fewer_activations() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(4)))
+    x = torch.randn(8, 16)
+    chain = find_chain(model, lambda: model(x))
+    assert chain is not None
+
+    def differentiated() -> tuple[list[Tensor], int]:
+        kept = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(x)
+        return list(torch.autograd.grad(output.square().sum(), list(model.parameters()))), kept
+
+    plain, all_kept = differentiated()
+    with chain.checkpointed():
+        again, few_kept = differentiated()
+    after, kept_after = differentiated()
+    for gradient, recomputed, last in zip(plain, again, after, strict=True):
+        torch.testing.assert_close(recomputed, gradient)
+        torch.testing.assert_close(last, gradient)
+    assert few_kept < all_kept / 4
+    assert kept_after == all_kept
