@@ -74,7 +74,7 @@ class Worker:
             except (OperationalError, DatabaseUnavailable) as error:
                 log.warning("the database does not answer: %s", str(error).splitlines()[0])
                 self._stop.wait(POLL_SECONDS)
-        if self._pool:
+        if self._pool is not None:
             self._pool.close()
 
     def _work(self, claim: queue.Claim) -> None:
@@ -112,7 +112,7 @@ class Worker:
         return self._pool
 
     def _drop_pool(self) -> None:
-        if self._pool:
+        if self._pool is not None:
             self._pool.close()
         self._pool = None
 

@@ -30,6 +30,10 @@ class Pool(Protocol):
 
     spec: EvaluatorSpec
 
+    def __len__(self) -> int:
+        """How many evaluators there are."""
+        ...
+
     def map(self, function: Function, items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         """(index, result) of every item, in any order."""
         ...
@@ -45,6 +49,9 @@ class InProcessPool:
     def __init__(self, spec: EvaluatorSpec) -> None:
         self.spec = spec
         self._evaluator: Evaluator | None = None
+
+    def __len__(self) -> int:
+        return 1
 
     def map(self, function: Function, items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         """Run the items one after the other."""

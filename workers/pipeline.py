@@ -174,8 +174,8 @@ def fill_table(run: Run, metric: Metric, subject: Subject, profile: Profile) -> 
     """
     assert run.content is not None
     passes = metric.forward_passes(profile.space)
-    estimate = {"forward_passes": passes, "estimated_seconds": passes * profile.forward_seconds}
-    run.enter("sensitivity", len(profile.space.units), {"metric": metric.name} | estimate)
+    estimate = {"forward_passes": passes, "estimated_seconds": passes * profile.forward_seconds / len(run.pool)}
+    run.enter("sensitivity", 0, {"metric": metric.name} | estimate)
     key = run.content.table_key(metric, profile.space)
     began = time.monotonic()
     stored = get_results(run.engine, [key]).get(key)

@@ -8,38 +8,44 @@ from typing import Any
 
 from rich import box
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from api.commands.client import Client
+from api.commands.client import Client, Event
 from api.commands.console import Refused, out
+from api.metrics import announcement
 from api.resources import RESOURCES, loss_text
 
 
 def follow(client: Client, search_id: int, check: Callable[[], None]) -> None:
-    """Show a search's progress, a bar per stage, until it is finished. `check` is called now and then meanwhile."""
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    """Show a search's progress until it is finished: a bar per stage, and per metric in the sensitivity stage.
+
+    `check` is called now and then meanwhile.
+    """
+    columns = (TextColumn("{task.description:<12}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out) as bars:
-        tasks: dict[str, TaskID] = {}
         for event in client.follow(search_id, check):
             if event.kind in ("stage", "progress"):
-                _advance(bars, tasks, event.data)
+                _advance(bars, event)
             elif event.kind == "notice":
                 bars.print(f"[yellow]{escape(event.data['message'])}[/]")
             elif event.data.get("state") == "running":
                 # A new attempt counts from the start.
-                for task in tasks.values():
-                    bars.remove_task(task)
-                tasks.clear()
+                for task in bars.tasks:
+                    bars.remove_task(task.id)
 
 
-def _advance(bars: Progress, tasks: dict[str, TaskID], data: dict[str, Any]) -> None:
-    stage, done, total = data["stage"], data.get("done", 0), data.get("total") or None
-    if stage not in tasks:
-        for task in tasks.values():
-            bars.stop_task(task)
-        tasks[stage] = bars.add_task(stage, total=total)
-    bars.update(tasks[stage], completed=done, total=total)
+def _advance(bars: Progress, event: Event) -> None:
+    """Move the last bar, or finish it and begin the next one."""
+    stage, done, total = event.data["stage"], event.data.get("done", 0), event.data.get("total") or None
+    last = bars.tasks[-1] if bars.tasks else None
+    if last is None or event.kind == "stage" or last.fields["stage"] != stage:
+        if last is not None:
+            bars.update(last.id, completed=last.total)
+            bars.stop_task(last.id)
+        bars.add_task(announcement(event.data) or stage, completed=done, total=total, stage=stage)
+    else:
+        bars.update(last.id, completed=done, total=total)
 
 
 def check_succeeded(client: Client, search_id: int) -> dict[str, Any]:

@@ -15,9 +15,12 @@ from api.commands.client import Client
 from api.commands.console import err, out, plain_words
 from api.commands.service import free_port, interrupting_on_sigterm, running_service
 from db.engine import data_directory
+from search.metrics import METRICS
+from search.request import SearchRequest
 
 DEFAULT_URL = "http://127.0.0.1:8400"
 INTERRUPTED = 130
+DEFAULT_METRICS = ",".join(SearchRequest.model_fields["sensitivity"].default)
 
 Url = Annotated[str, typer.Option("--url", envvar="BITFRONTIER_URL", help="Where the service is.")]
 Budget = Annotated[
@@ -37,7 +40,10 @@ def search(
     dataset: Annotated[str | None, typer.Option(help="Calibration data.")] = None,
     samples: Annotated[int | None, typer.Option(help="Sequences or images per split.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
-    sensitivity: Annotated[str | None, typer.Option(help="Metrics separated by commas: hessian_trace,kl.")] = None,
+    sensitivity: Annotated[
+        str | None,
+        typer.Option(help=f"Metrics separated by commas, of {', '.join(METRICS)}. Default: {DEFAULT_METRICS}."),
+    ] = None,
     points: Annotated[int | None, typer.Option(help="Budget levels swept per metric.")] = None,
     evaluations: Annotated[int | None, typer.Option(help="Most configurations to measure.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Layer or glob left at full precision.")] = None,

@@ -13,6 +13,7 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 
+from api.metrics import is_relative
 from api.resources import RESOURCES, budget_text, loss_text
 
 STATIC = Path(__file__).parent.parent / "static"
@@ -69,6 +70,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"loss": loss_text, "moment": moment, "breakable": breakable}
+    environment.tests["relative"] = is_relative
     environment.globals |= {
         "RESOURCES": RESOURCES,
         "budget_text": budget_text,

@@ -1,9 +1,8 @@
-"""What the templates say in words: verdicts, comparisons, the sensitivities of a choice."""
+"""What the templates say in words: verdicts and comparisons."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from api.frontier import Frontier
 from api.pages.charts import baseline_name
@@ -100,46 +99,3 @@ def _metric(name: str, value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.1%}" if name == "accuracy" else f"{value:.3f}"
-
-
-@dataclass(frozen=True, slots=True)
-class ChosenSensitivity:
-    """A unit at its chosen scheme: metric → (value, standard error, share of the metric's largest)."""
-
-    unit: str
-    scheme: str
-    values: dict[str, tuple[float, float | None, float]]
-
-
-def chosen_sensitivities(
-    point: Candidate, summary: dict[str, Any], tables: dict[str, dict[str, Any]]
-) -> list[ChosenSensitivity]:
-    """The sensitivity of every unit at the point's scheme, the largest of the first metric first."""
-    if not tables:
-        return []
-    layers = {unit["name"]: unit["layers"] for unit in summary["units"]}
-    first = next(iter(tables.values()))
-    found = []
-    for row, unit in enumerate(first["units"]):
-        scheme = point.allocation.get(layers.get(unit, [unit])[0])
-        values = {}
-        for metric, table in tables.items():
-            if scheme not in table["schemes"] or unit != table["units"][row]:
-                continue
-            column = table["schemes"].index(scheme)
-            value = table["values"][row][column]
-            if value is not None:
-                values[metric] = (value, table["stderr"][row][column])
-        if scheme is not None and values:
-            found.append((unit, scheme, values))
-    largest = {metric: max((v[metric][0] for _, _, v in found if metric in v), default=0.0) for metric in tables}
-    rows = [
-        ChosenSensitivity(
-            unit,
-            scheme,
-            {m: (value, error, max(value, 0.0) / (largest[m] or 1.0)) for m, (value, error) in values.items()},
-        )
-        for unit, scheme, values in found
-    ]
-    main = next(iter(tables))
-    return sorted(rows, key=lambda row: -row.values.get(main, (0.0, None, 0.0))[0])

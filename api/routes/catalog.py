@@ -1,4 +1,4 @@
-"""What a search may name: models, schemes, targets."""
+"""What a search may name: models, schemes, metrics, targets."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from api.dependencies import Database
 from api.problems import responses
 from db.models import list_models
 from search.exports import EXPORTS
+from search.metrics import METRICS, Evidence, Need
 from search.scheme import ACTIVATION_BITS, FULL_PRECISION, GRAMMAR, GROUP_SIZES, WEIGHT_BITS, Scheme
 from search.targets import TARGETS
 
@@ -63,6 +64,27 @@ class Schemes(_Document):
     activation_bits: list[int]
     group_sizes: list[int]
     examples: list[SchemeDocument]
+
+
+class MetricDocument(_Document):
+    """A way to predict the loss increase of a unit at a scheme."""
+
+    name: Annotated[str, Field(examples=["hessian_trace"])]
+    title: str
+    evidence: Evidence
+    """What the prediction rests on."""
+    needs: list[Need]
+    """What it computes from. `labels`: the calibration data must have some."""
+    in_loss_units: bool
+    """Whether its values are predicted losses; else they are relative scores, which only rank units and schemes."""
+    sees_activations: bool
+    """Whether rounded activations count."""
+
+
+class Metrics(_Document):
+    """The metrics that `sensitivity` takes."""
+
+    metrics: list[MetricDocument]
 
 
 class TargetDocument(_Document):
@@ -120,6 +142,24 @@ def schemes() -> Schemes:
         activation_bits=list(ACTIVATION_BITS),
         group_sizes=list(GROUP_SIZES),
         examples=[_scheme(example) for example in example_schemes()],
+    )
+
+
+@router.get("/metrics", responses=responses(), summary="Sensitivity metrics")
+def metrics() -> Metrics:
+    """The metrics that a search may predict the loss with, and what each one needs and says."""
+    return Metrics(
+        metrics=[
+            MetricDocument(
+                name=metric.name,
+                title=metric.title,
+                evidence=metric.evidence,
+                needs=list(metric.needs),
+                in_loss_units=metric.in_loss_units,
+                sees_activations=metric.sees_activations,
+            )
+            for metric in METRICS.values()
+        ]
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
@@ -12,8 +12,9 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from api.dependencies import Database, FoundSearch
 from api.documents import FINISHED
 from api.followers import Followers, wait
+from api.metrics import announcement
 from api.problems import responses
-from db.events import events_after
+from db.events import Event, events_after
 from db.searches import get_search
 
 router = APIRouter(prefix="/v1/searches", tags=["searches"])
@@ -30,8 +31,8 @@ async def follow(
 ) -> AsyncIterable[ServerSentEvent]:
     """`state`, `stage`, `progress`, `measured` and `notice` events; ends after the event of the final state.
 
-    The id of an event is its row: a client that sends `Last-Event-ID` misses nothing and sees nothing twice. Comments
-    keep an idle stream open.
+    A `stage` event of a metric has its estimated seconds, and `about`, the same in words. The id of an event is its
+    row: a client that sends `Last-Event-ID` misses nothing and sees nothing twice. Comments keep an idle stream open.
     """
     followers: Followers = request.app.state.followers
     seen = after if last_event_id is None else last_event_id
@@ -41,9 +42,7 @@ async def follow(
             events = await run_in_threadpool(events_after, engine, search.id, seen)
             for event in events:
                 seen = event.id
-                yield ServerSentEvent(
-                    id=str(event.id), event=event.kind, data=event.data | {"at": event.created_at.isoformat()}
-                )
+                yield ServerSentEvent(id=str(event.id), event=event.kind, data=_data(event))
                 if event.kind == "state" and event.data["state"] in FINISHED:
                     return
             if not events:
@@ -51,3 +50,8 @@ async def follow(
                     return
                 await wait(news)
                 search = await run_in_threadpool(get_search, engine, search.id)
+
+
+def _data(event: Event) -> dict[str, Any]:
+    about = announcement(event.data, passes=True) if event.kind == "stage" else ""
+    return event.data | ({"about": about} if about else {}) | {"at": event.created_at.isoformat()}

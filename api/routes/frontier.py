@@ -69,7 +69,9 @@ def frontier(found: FoundFrontier, format: FrontierFormat = "json", include: Inc
 def sensitivities(search: FoundSearch, engine: Database, format: TableFormat = "json") -> Any:
     """Predicted increase of the loss when a unit takes a scheme, by metric, with its standard error.
 
-    JSON: a units × schemes table per metric, null where a scheme is not allowed. CSV: one row per metric, unit, scheme.
+    What rounding weights and activations contribute stands beside it. A metric that is not in units of the loss (see
+    `/v1/metrics`) gives relative scores. JSON: units × schemes tables for each metric, null where a scheme is not
+    allowed. CSV: one row per metric, unit, scheme.
     """
     tables = read_sensitivities(engine, search)
     if format == "json":

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from fastapi.responses import FileResponse, HTMLResponse
 
-from api.dependencies import Database, FoundFrontier, FoundPoint
+from api.dependencies import Database, FoundFrontier, FoundPoint, FoundSearch
 from api.documents import FINISHED
 from api.frontier import Frontier
-from api.pages import charts, views
+from api.metrics import announcement, is_relative
+from api.pages import charts, heatmap, metrics, views
 from api.pages.render import STATIC, page, plotly_script
 from api.pages.strip import allocation_strip
 from api.sensitivities import read_sensitivities
@@ -19,6 +20,8 @@ from db.events import events_after
 from db.searches import list_searches
 from search.errors import NotFound
 from search.exports import EXPORTS
+from search.metrics import METRICS
+from search.scheme import Scheme
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 
@@ -51,6 +54,8 @@ def point_page(engine: Database, frontier: FoundFrontier, point: FoundPoint) -> 
     """The permalink of a point."""
     search = frontier.search
     summary = search.summary or {}
+    tables = read_sensitivities(engine, search)
+    sensitivities = metrics.chosen_sensitivities(point, summary, tables)
     line = [other.number for other in frontier.points]
     place = line.index(point.number) if point.number in line else None
     return page(
@@ -62,10 +67,31 @@ def point_page(engine: Database, frontier: FoundFrontier, point: FoundPoint) -> 
         comparison=frontier.compare(point),
         metrics=views.metric_rows(frontier, point),
         strip=allocation_strip(point, summary.get("layers") or []),
-        sensitivities=views.chosen_sensitivities(point, summary, read_sensitivities(engine, search)),
+        sensitivities=sensitivities,
+        sensitivity_metrics=list(tables),
+        negative=any(value.negative for row in sensitivities for value in row.values.values()),
         exports=list(EXPORTS.values()),
         previous=line[place - 1] if place else None,
         following=line[place + 1] if place is not None and place + 1 < len(line) else None,
+    )
+
+
+@router.get("/searches/{search_id}/sensitivities/{metric}")
+def sensitivity_panel(engine: Database, search: FoundSearch, metric: str) -> HTMLResponse:
+    """What the page of a search shows of one metric; its script asks for it."""
+    tables = read_sensitivities(engine, search, only=metric)
+    if metric not in tables:
+        raise NotFound(f"search {search.id} has no sensitivities by {metric}")
+    table, summary = tables[metric], search.summary or {}
+    return page(
+        "sensitivity.html",
+        metric=metric,
+        about=METRICS.get(metric),
+        relative=is_relative(metric),
+        activations=any(Scheme.parse(scheme).quantizes_activations for scheme in table["schemes"]),
+        negative=any(value is not None and value < 0 for row in table["values"] for value in row),
+        completeness=metrics.completeness(metric, table),
+        payload=heatmap.payload(metric, table, summary.get("units") or []),
     )
 
 
@@ -87,6 +113,10 @@ def _search_values(engine: Database, frontier: Frontier) -> dict[str, Any]:
     search = frontier.search
     best = frontier.best
     events = events_after(engine, search.id, 0, limit=MOST_EVENTS)
+    reports = metrics.metric_reports(search)
+    told = {f"{report.name}: {note}" for report in reports for note in report.notes}
+    notices = dict.fromkeys(event.data["message"] for event in events if event.kind == "notice")
+    stages = [event.data for event in events if event.kind == "stage" and event.data["stage"] == search.stage]
     return {
         "search": search,
         "frontier": frontier,
@@ -96,6 +126,9 @@ def _search_values(engine: Database, frontier: Frontier) -> dict[str, Any]:
         "payload": charts.payload(frontier),
         "live": search.state not in FINISHED,
         "stages": STAGES,
+        "stage_about": announcement(stages[-1], passes=True) if stages else "",
         "last_event": events[-1].id if events else 0,
-        "notices": [event.data["message"] for event in events if event.kind == "notice"],
+        "reports": reports,
+        "drawable": [report.name for report in reports if report.name in ((search.summary or {}).get("tables") or {})],
+        "notices": [notice for notice in notices if notice not in told],
     }

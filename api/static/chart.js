@@ -7,9 +7,15 @@
   const NAMES = { avg_bits: "Bits per weight", size_bytes: "Size", bitops: "Bit operations" };
   const narrow = () => window.innerWidth < 560;
 
+  // What every figure has: fonts, and the page behind it.
+  function look() {
+    const font = { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("--quiet") };
+    const label = { bgcolor: colour("--card"), bordercolor: colour("--rule"), font: { ...font, color: colour("--ink") }, align: "left" };
+    return { font, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hoverlabel: label };
+  }
+
   function painted(figure) {
-    const ink = colour("--ink"), quiet = colour("--quiet"), rule = colour("--rule");
-    const font = { family: getComputedStyle(document.body).fontFamily, size: 13, color: quiet };
+    const shared = look(), { font } = shared, quiet = colour("--quiet"), rule = colour("--rule");
     const data = figure.data.map((trace) => ({
       ...trace,
       marker: { ...trace.marker, color: colour(ROLES[trace.meta]), line: { ...trace.marker.line, color: colour(trace.meta === "best" ? "--accent" : "--card") } },
@@ -21,13 +27,10 @@
     return {
       data,
       layout: {
-        font,
+        ...shared,
         height: narrow() ? 380 : 460,
         margin: { l: narrow() ? 58 : 74, r: 64, t: 18, b: 92 },
-        paper_bgcolor: "rgba(0,0,0,0)",
-        plot_bgcolor: "rgba(0,0,0,0)",
         hovermode: "closest",
-        hoverlabel: { bgcolor: colour("--card"), bordercolor: rule, font: { ...font, color: ink }, align: "left" },
         legend: { orientation: "h", x: 0.5, xanchor: "center", y: -0.2, yanchor: "top", font: { size: 12, color: quiet } },
         xaxis: { ...axis, ...xaxis, title: { ...xaxis.title, font, standoff: 10 } },
         yaxis: { ...axis, ...yaxis, title: { ...yaxis.title, font, standoff: 8 }, automargin: true, exponentformat: "power" },
@@ -75,6 +78,7 @@
     chart.classList.toggle("clickable", Boolean(base));
   }
 
+  window.bitfrontierLook = { colour, look };
   window.bitfrontierChart = start;
   start();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

@@ -8,7 +8,7 @@
   const bar = document.getElementById("bar"), text = document.getElementById("progress-text");
   const source = new EventSource(`/v1/searches/${article.dataset.search}/events?after=${article.dataset.after}`);
   const REFRESH_MS = 3000;
-  let refreshing = null;
+  let refreshing = null, about = text.dataset.about;
 
   function stage(name) {
     const items = [...document.querySelectorAll("#stages li")];
@@ -24,7 +24,8 @@
     stage(name);
     bar.max = total || 1;
     bar.value = done;
-    text.textContent = total ? `${name}: ${done} of ${total}` : name;
+    const words = [about, total && `${done} of ${total}`].filter(Boolean).join(", ");
+    text.textContent = words ? `${name}: ${words}` : name;
   }
 
   async function refresh() {
@@ -33,13 +34,19 @@
     const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
     document.getElementById("results").replaceWith(fresh.getElementById("results"));
     window.bitfrontierChart();
+    window.bitfrontierSensitivities();
   }
 
   function refreshSoon() {
     refreshing ??= setTimeout(async () => { await refresh(); refreshing = null; }, REFRESH_MS);
   }
 
-  source.addEventListener("stage", (event) => progress(JSON.parse(event.data)));
+  source.addEventListener("stage", (event) => {
+    const data = JSON.parse(event.data);
+    about = data.about;
+    progress(data);
+    refreshSoon();
+  });
   source.addEventListener("progress", (event) => progress(JSON.parse(event.data)));
   source.addEventListener("measured", refreshSoon);
   source.addEventListener("notice", refreshSoon);

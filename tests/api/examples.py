@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import Engine
 
 from db.candidates import put_candidates
@@ -19,9 +20,10 @@ from search.allocation import layer_schemes, to_json
 from search.candidate import Candidate
 from search.cost import cost_tables
 from search.inventory import Inventory, Layer
+from search.metrics import METRICS
 from search.pareto import undominated
 from search.request import SearchRequest
-from search.space import build_space
+from search.space import Space, build_space
 from search.targets import find_target
 
 MODEL = "all-minilm-l6-v2"
@@ -30,7 +32,14 @@ REQUEST = {
     "target": "vllm",
     "space": {"schemes": ["w4a16g64", "w5a16g64", "w6a16g64", "w8a16g64"], "quantizer": "mse"},
     "budgets": {"avg_bits": 5.25, "size_mb": 40},
+    "sensitivity": ["hessian_trace", "kl", "pqi", "lrp"],
     "optimizer": {"points": 16},
+}
+ACTIVATIONS = {"schemes": ["w4a16g64", "w8a8", "w8a16g64"], "quantizer": "mse"}
+"""A space with a scheme that rounds activations."""
+NOTES = {
+    "pqi": ["the loss does not depend on pooler.dense"],
+    "lrp": ["no relevance rule for <Gelu>: its relevance is gradient × input"],
 }
 LEASE = timedelta(minutes=5)
 
@@ -95,7 +104,12 @@ def report(engine: Engine, held: Any, request: SearchRequest) -> None:
     """Write what a worker writes, from profile to success."""
     inventory = store_model(engine)
     summary, candidates = results(engine, inventory, request)
-    for stage in ("profile", "sensitivity", "baselines", "optimize"):
+    progress(engine, held, "profile", 1, 1)
+    for metric, cost in summary["metrics"].items():
+        enter_metric(engine, held, metric, cost["forward_passes"], cost["estimated_seconds"])
+        for note in cost["notes"]:
+            add_event(engine, held.search_id, "notice", {"message": f"{metric}: {note}"})
+    for stage in ("baselines", "optimize"):
         progress(engine, held, stage, 1, 1)
     set_summary(engine, held, summary)
     measured = [candidate for candidate in candidates if candidate.metrics]
@@ -107,8 +121,18 @@ def report(engine: Engine, held: Any, request: SearchRequest) -> None:
     succeed(engine, held, summary)
 
 
+def enter_metric(engine: Engine, held: Any, metric: str, passes: float, seconds: float) -> None:
+    """Say that a metric begins, as a worker does."""
+    about = {"metric": metric, "forward_passes": passes, "estimated_seconds": seconds}
+    add_event(engine, held.search_id, "stage", {"stage": "sensitivity", "total": 36} | about)
+    progress(engine, held, "sensitivity", 0, 36)
+
+
 def results(engine: Engine, inventory: Inventory, request: SearchRequest) -> tuple[dict[str, Any], list[Candidate]]:
-    """A summary and candidates: four uniform ones, a mixed one per budget level, one unmeasured."""
+    """A summary and candidates: the uniform ones, a mixed one per budget level, one unmeasured.
+
+    `pqi` is signed, `lrp` a relative score, and both have notes.
+    """
     space = build_space(inventory, request.space, find_target(request.target))
     costs = cost_tables(space, inventory)
     chance = np.random.default_rng(7)
@@ -116,6 +140,7 @@ def results(engine: Engine, inventory: Inventory, request: SearchRequest) -> tup
     weight = np.array([unit.weights for unit in space.units]) / 6e5 * depth * chance.lognormal(0, 0.9, len(space.units))
     decay = np.array([4.0 ** -(scheme.weight_bits - 4) for scheme in space.schemes])
     loss = 2.4e-3 * weight[:, None] * decay[None, :]
+    factors = {metric: 1 + 0.1 * place for place, metric in enumerate(request.sensitivity)}
 
     def candidate(number: int, source: Any, label: str, choice: Any, *, measured: bool = True) -> Candidate:
         predicted = float(loss[np.arange(len(choice)), choice].sum())
@@ -124,7 +149,7 @@ def results(engine: Engine, inventory: Inventory, request: SearchRequest) -> tup
         fits = totals["avg_bits"] <= 5.25 and totals["size_bytes"] <= 40e6
         return Candidate(
             number, source, label, to_json(layer_schemes(space, choice)),
-            {"hessian_trace": predicted, "kl": predicted * 1.1}, totals,
+            {metric: predicted * factor for metric, factor in factors.items()}, totals,
             {"loss": value, "loss_stderr": value / 20} if measured else {}, fits=fits and measured,
         )  # fmt: skip
 
@@ -140,7 +165,7 @@ def results(engine: Engine, inventory: Inventory, request: SearchRequest) -> tup
         steps.append(choice.copy())
     picked = steps[2 :: len(steps) // request.optimizer.points]
     for number, step in enumerate(picked, start=len(found)):
-        metric = ("hessian_trace", "kl")[number % 2]
+        metric = request.sensitivity[number % len(request.sensitivity)]
         bits = costs["avg_bits"].total(step)
         found.append(candidate(number, "ilp", f"{metric} ≤ {bits:.2f} bits", step, measured=number < len(picked) + 3))
 
@@ -150,12 +175,28 @@ def results(engine: Engine, inventory: Inventory, request: SearchRequest) -> tup
     found = [_marked(c, c.number in on_frontier) for c in found]
     units = [unit.name for unit in space.units]
     schemes = [str(scheme) for scheme in space.schemes]
-    tables = {}
-    for metric, factor in (("hessian_trace", 1.0), ("kl", 1.1)):
-        value = {"metric": metric, "units": units, "schemes": schemes, "values": (loss * factor).tolist(),
-                 "stderr": (loss * factor / 15).tolist(), "details": {}}  # fmt: skip
+    rounds_activations = np.array([scheme.quantizes_activations for scheme in space.schemes])
+    tables, metrics = {}, {}
+    for place, (metric, factor) in enumerate(factors.items()):
+        values = loss * factor
+        if metric == "pqi":
+            values = values * np.where(np.arange(len(units)) % 5 == 2, -0.3, 1.0)[:, None]
+        elif metric == "lrp":
+            values = values * 1e6
+        activation = np.where(rounds_activations, values / 4, 0.0)
+        value = {"metric": metric, "units": units, "schemes": schemes, "values": _allowed(space, values),
+                 "stderr": _allowed(space, abs(values) / 15), "weight": _allowed(space, values - activation),
+                 "activation": _allowed(space, activation), "details": {}, "notes": NOTES.get(metric, [])}  # fmt: skip
+        if metric == "pqi":
+            value["details"] = {"completeness": {
+                scheme: {"measured": total, "shares": total * 0.97, "gap": 0.03, "nodes": 4, "rule": "midpoint"}
+                for scheme, total in zip(schemes, loss.sum(axis=0).tolist(), strict=True)
+            }}  # fmt: skip
         tables[metric] = f"{metric}-of-the-example-{len(units)}-{'-'.join(schemes)}"
         put_result(engine, tables[metric], "sensitivity", value, 1.5)
+        metrics[metric] = {"forward_passes": 20.0 + place, "estimated_seconds": 41.0, "seconds": 38.2 * (1 + place),
+                           "reused": metric == "kl", "in_loss_units": METRICS[metric].in_loss_units,
+                           "notes": NOTES.get(metric, [])}  # fmt: skip
     summary = {
         "model_digest": inventory.digest, "task": inventory.task, "architecture": inventory.architecture,
         "device": "cpu (2 threads)", "data_digest": "e" * 64, "schemes": schemes, "axes": ["avg_bits"],
@@ -164,11 +205,19 @@ def results(engine: Engine, inventory: Inventory, request: SearchRequest) -> tup
         "layers": [{"name": layer.name, "kind": layer.kind, "block": layer.block, "rows": layer.rows,
                     "columns": layer.columns, "macs": layer.macs} for layer in space.layers],
         "feasible": {name: {"min": cost.smallest, "max": cost.largest} for name, cost in costs.items()},
-        "full_precision": {}, "tables": tables, "reused": 3, "computed": 21,
-        "agreement": {"hessian_trace": {"spearman": 0.96, "points": 20}, "kl": {"spearman": 0.98, "points": 20}},
+        "full_precision": {}, "tables": tables, "metrics": metrics, "reused": 3, "computed": 21,
+        "agreement": {metric: {"spearman": 0.98 - place / 50, "points": 20} for place, metric in enumerate(metrics)},
     }  # fmt: skip
     assert all(a.number < b.number for a, b in pairwise(found))
     return summary, found
+
+
+def _allowed(space: Space, values: NDArray[np.float64]) -> list[list[float | None]]:
+    """As JSON, null where a scheme is not allowed."""
+    return [
+        [value if allowed else None for value, allowed in zip(*row, strict=True)]
+        for row in zip(values.tolist(), space.allowed.tolist(), strict=True)
+    ]
 
 
 def _marked(candidate: Candidate, on_frontier: bool) -> Candidate:

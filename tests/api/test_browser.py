@@ -12,7 +12,10 @@ import pytest
 from sqlalchemy import Engine
 
 from db.candidates import put_candidates
+from db.events import add_event
 from db.queue import progress
+from db.searches import set_summary
+from search.metrics import METRICS
 from search.request import SearchRequest
 from tests.api import examples
 
@@ -103,10 +106,57 @@ def test_live_page_follows_the_search_to_its_end(served: str, page: Page, engine
     work.join()
 
 
+def test_heat_map_is_drawn_when_seen_and_follows_the_chosen_metric(served: str, page: Page, engine: Engine) -> None:
+    search_id = examples.finished_search(engine)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url.rpartition("/")[2]))
+    page.goto(f"{served}/searches/{search_id}")
+    page.wait_for_selector("#chart .scatterlayer .point")
+    assert "hessian_trace" not in asked, "nothing is fetched before it is seen"
+    page.locator("#metric").scroll_into_view_if_needed()
+    page.wait_for_selector("#sensitivity .heatmaplayer .hm")
+    assert page.locator("#sensitivity .heatmaplayer .hm").count() == 1
+    page.get_by_label("Heat map of").select_option("pqi")
+    page.get_by_text("the loss is predicted to fall").wait_for()
+    assert page.locator("#sensitivity .heatmaplayer .hm").count() == 2, "negative values have a hue of their own"
+    assert page.locator("table.completeness tbody tr").count() == 4
+    page.get_by_label("Heat map of").select_option("hessian_trace")
+    page.get_by_text("Average Hessian trace").wait_for()
+    assert asked.count("hessian_trace") == 1, "what was fetched is kept"
+    page.locator("#sensitivity .heat").hover()
+    page.wait_for_selector("#sensitivity .hovertext")
+    assert "encoder.layer" in (page.locator("#sensitivity .hovertext").text_content() or "")
+
+
+def test_live_page_says_what_a_metric_will_take_and_keeps_the_chosen_heat_map(
+    served: str, page: Page, engine: Engine
+) -> None:
+    search_id, held = examples.claimed_search(engine)
+    page.goto(f"{served}/searches/{search_id}")
+    examples.enter_metric(engine, held, "pqi", 85.0, 121.0)
+    page.get_by_text("sensitivity: pqi, about 2 min (85 forward passes), 0 of 36").wait_for(timeout=3000)
+    progress(engine, held, "sensitivity", 5, 36)
+    page.get_by_text("sensitivity: pqi, about 2 min (85 forward passes), 5 of 36").wait_for(timeout=3000)
+    request = SearchRequest.model_validate(examples.REQUEST)
+    summary, _ = examples.results(engine, examples.store_model(engine), request)
+    set_summary(engine, held, summary)
+    add_event(engine, search_id, "stage", {"stage": "baselines", "total": 4})
+    page.get_by_text("baselines: 0 of 4", exact=True).wait_for(timeout=3000)
+    page.get_by_label("Heat map of").select_option("kl", timeout=8000)
+    page.get_by_text("Measured divergence").wait_for()
+    add_event(engine, search_id, "notice", {"message": "the page is renewed"})
+    page.get_by_text("the page is renewed").wait_for(timeout=8000)
+    assert page.get_by_label("Heat map of").input_value() == "kl"
+    assert page.locator("#sensitivity .heatmaplayer .hm").count() == 1
+
+
 @pytest.mark.parametrize("width", [375, 1280])
 def test_pages_fit_the_screen(served: str, page: Page, engine: Engine, width: int) -> None:
-    search_id = examples.finished_search(engine)
+    search_id = examples.finished_search(engine, sensitivity=list(METRICS))
     page.set_viewport_size({"width": width, "height": 800})
     for path in ("/", f"/searches/{search_id}", f"/searches/{search_id}/points/9"):
         page.goto(served + path)
+        if page.locator("#metric").count():
+            page.locator("#metric").scroll_into_view_if_needed()
+            page.wait_for_selector("#sensitivity .heatmaplayer .hm")
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path

@@ -23,6 +23,7 @@ from api.cli import app
 from api.commands.service import free_port
 from db.queue import claim, fail
 from db.searches import get_search
+from search.metrics import METRICS
 from search.request import SearchRequest
 from tests.api import examples
 
@@ -62,6 +63,8 @@ def test_search_follows_prints_and_writes(served: str, engine: Engine, tmp_path:
     assert f"{served}/searches/1" in result.output
     assert "★ best" in result.output
     assert "uniform" in result.output
+    bars = [line for line in result.output.splitlines() if "36/36" in line]
+    assert [line.split("  ")[0].split(" ━")[0] for line in bars] == ["kl, about 41 s", "hessian_trace, about 41 s"]
     request = get_search(engine, 1).request
     assert request["calibration"] == {"dataset": None, "samples": 8, "sequence_length": 64, "seed": 3}
     assert request["sensitivity"] == ["kl", "hessian_trace"]
@@ -89,6 +92,11 @@ def test_refusals_are_in_plain_words(served: str, engine: Engine) -> None:
         assert isinstance(result.exception, SystemExit)
         for word in words:
             assert word in result.output, result.output
+
+
+def test_help_names_every_metric() -> None:
+    shown = run("search", "--help", url="")
+    assert all(name in shown.output for name in METRICS)
 
 
 def test_no_service_says_how_to_start_one() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +30,16 @@ def test_finished_search_streams_everything_and_ends(client: TestClient, engine:
     resumed = client.get(f"/v1/searches/{search_id}/events", headers={"Last-Event-ID": str(stored[3])})
     assert ids(resumed.text) == stored[4:]
     assert ids(client.get(f"/v1/searches/{search_id}/events?after={stored[-1]}").text) == []
+
+
+def test_stage_of_a_metric_says_what_it_will_take(client: TestClient, engine: Engine) -> None:
+    search_id = examples.finished_search(engine)
+    text = client.get(f"/v1/searches/{search_id}/events").text
+    data = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+    (event,) = (item for item in data if item.get("metric") == "pqi")
+    assert (event["stage"], event["forward_passes"], event["estimated_seconds"]) == ("sensitivity", 22.0, 41.0)
+    assert event["about"] == "pqi, about 41 s (22 forward passes)"
+    assert all("about" not in item for item in data if "metric" not in item)
 
 
 def test_followers_hear_at_once_and_hold_no_thread(served: str, engine: Engine) -> None:

@@ -78,12 +78,25 @@ def test_frontier_of_a_search_without_results(client: TestClient, engine: Engine
 
 def test_sensitivities(client: TestClient, frontier: Frontier) -> None:
     tables = client.get("/v1/searches/1/sensitivities").json()["tables"]
-    assert list(tables) == ["hessian_trace", "kl"], "in the order of the request"
+    assert list(tables) == ["hessian_trace", "kl", "pqi", "lrp"], "in the order of the request"
+    assert tables["lrp"]["notes"] == examples.NOTES["lrp"], "as the worker stored it"
     csv = pd.read_csv(io.StringIO(client.get("/v1/searches/1/sensitivities?format=csv").text))
-    assert len(csv) == 2 * 24 * 4
+    assert len(csv) == 4 * 24 * 4
     first = tables["kl"]
     row = csv[(csv.metric == "kl") & (csv.unit == first["units"][3]) & (csv.scheme == first["schemes"][1])]
     assert row.sensitivity.item() == first["values"][3][1]
+    assert (csv[csv.metric == "pqi"].sensitivity < 0).any(), "signed values stay signed"
+
+
+def test_sensitivities_tell_weights_from_activations(client: TestClient, engine: Engine) -> None:
+    search_id = examples.finished_search(engine, space=examples.ACTIVATIONS, budgets={"avg_bits": 6})
+    csv = pd.read_csv(io.StringIO(client.get(f"/v1/searches/{search_id}/sensitivities?format=csv").text))
+    columns = ["metric", "unit", "scheme", "sensitivity", "weight_part", "activation_part", "stderr"]
+    assert list(csv.columns) == columns
+    assert (csv.weight_part + csv.activation_part).tolist() == pytest.approx(csv.sensitivity.tolist())
+    rounded = csv.scheme == "w8a8"
+    assert (csv[rounded].activation_part != 0).all()
+    assert (csv[~rounded].activation_part == 0).all()
 
 
 def test_comparison_takes_the_best_baseline_at_no_larger_cost(frontier: Frontier) -> None:

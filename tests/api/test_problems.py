@@ -10,6 +10,7 @@ from sqlalchemy import Engine, create_engine
 
 from api.app import create_app
 from api.problems import Problem
+from search.metrics import METRICS
 from tests.api import examples
 
 BODY = {"model": "org/name", "budgets": {"avg_bits": 5}}
@@ -79,6 +80,12 @@ def test_error_is_a_problem_that_names_field_and_remedy(client: TestClient, engi
         assert problem.field == field
     assert remedy in f"{problem.detail} {problem.accepted}"
     assert "Traceback" not in answer.text
+
+
+def test_unknown_metric_is_answered_with_all_that_are_accepted(client: TestClient) -> None:
+    problem = Problem.model_validate(client.post("/v1/searches", json=BODY | {"sensitivity": ["kl", "luck"]}).json())
+    assert (problem.field, problem.value) == ("sensitivity.1", "luck")
+    assert all(f"'{name}'" in problem.accepted for name in METRICS)
 
 
 def test_several_errors_are_listed(client: TestClient) -> None:

@@ -5,6 +5,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine
 
 from db.searches import get_search
+from search.metrics import METRICS
 from tests.api import examples
 
 
@@ -112,6 +113,23 @@ def test_catalog(client: TestClient, engine: Engine) -> None:
     targets = client.get("/v1/targets").json()
     assert {"generic", "vllm"} == {target["name"] for target in targets["targets"]}
     assert {"json", "vllm"} <= {export["name"] for export in targets["exports"]}
+
+
+def test_metrics_say_what_they_need_and_mean(client: TestClient) -> None:
+    metrics = {metric["name"]: metric for metric in client.get("/v1/metrics").json()["metrics"]}
+    assert list(metrics) == list(METRICS)
+    assert metrics["weight_mse"] == {
+        "name": "weight_mse",
+        "title": METRICS["weight_mse"].title,
+        "evidence": "weights",
+        "needs": ["weights"],
+        "in_loss_units": False,
+        "sees_activations": False,
+    }
+    assert "labels" in metrics["hessian_trace_labels"]["needs"]
+    for name in metrics:
+        body = {"model": "org/name", "budgets": {"avg_bits": 16}, "sensitivity": [name]}
+        assert client.post("/v1/searches", json=body).status_code == 202, name
 
 
 def test_every_example_scheme_is_accepted(client: TestClient) -> None:

@@ -79,9 +79,8 @@ def test_evaluators_share_the_items_and_the_threads_of_a_node(pool: Pool) -> Non
 
 def test_as_many_evaluators_are_started_as_were_asked_for(pool: Pool, request: pytest.FixtureRequest) -> None:
     cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
-    expected = {"in process": None, "ray": 1, "two of ray": min(2, cores or 1)}
-    asked = request.node.callspec.params["pool"]
-    assert (len(pool) if isinstance(pool, RayPool) else None) == expected[asked]
+    expected = {"in process": 1, "ray": 1, "two of ray": min(2, cores or 1)}
+    assert len(pool) == expected[request.node.callspec.params["pool"]]
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", ""])
