@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --co
 DEMO_MODEL := all-minilm-l6-v2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check bench-ilp bench-minilm bench-smollm2 clean
+.PHONY: help demo up test check bench-ilp bench-hessian bench-kl bench-minilm bench-pqi bench-smollm2 bench-proxies bench-modelopt clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,15 +30,43 @@ check: $(VENV)/.dev ## Lint, format, types and import contracts
 bench-ilp: $(VENV)/.dev ## Time the integer program (takes 30 seconds)
 	$(BIN)/python -m benchmarks.ilp
 
+bench-kl: $(VENV)/.dev ## Time measured divergences with and without reuse (fetches 93 MB, takes 5 minutes)
+	$(BIN)/python scripts/fetch_models.py
+	$(BIN)/python -m benchmarks.kl
+
+bench-hessian: $(VENV)/.dev ## Time the probes of the Hessian trace (fetches 93 MB, takes 3 minutes)
+	$(BIN)/python scripts/fetch_models.py
+	$(BIN)/python -m benchmarks.hessian
+
 bench-minilm: $(VENV)/.dev ## Time a full search on MiniLM (takes 3 minutes)
 	$(BIN)/python -m benchmarks.minilm
+
+bench-pqi: $(VENV)/.dev ## Completeness and error of post-quantization integrals (fetches 93 MB, takes 6 minutes)
+	$(BIN)/python scripts/fetch_models.py
+	$(BIN)/python -m benchmarks.pqi
 
 bench-smollm2: $(VENV)/.dev ## Mixed against uniform precision on SmolLM2-135M (fetches 93 MB, takes 7 minutes)
 	$(BIN)/python scripts/fetch_models.py
 	$(BIN)/python -m benchmarks.smollm2
 
+# Else the C library gives every large array back to the kernel, and half the time goes into page faults.
+bench-proxies: $(VENV)/.dev ## How well metrics rank configurations of equal size (fetches 93 MB, first takes an hour)
+	$(BIN)/python scripts/fetch_models.py
+	MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 $(BIN)/python -m benchmarks.proxies
+
+bench-modelopt: $(VENV)/.dev .venv-modelopt/.done ## Time a sensitivity table here and by ModelOpt (takes 10 minutes)
+	$(BIN)/python scripts/fetch_models.py
+	$(BIN)/python -m benchmarks.modelopt --python .venv-modelopt/bin/python
+
 clean: ## Remove what the targets above made, but no service's data
-	rm -rf $(VENV) demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-modelopt benchmarks/.cache demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# ModelOpt has an environment of its own: what it needs must not decide what is used here.
+.venv-modelopt/.done: constraints.txt
+	$(PYTHON) -m venv .venv-modelopt
+	.venv-modelopt/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt \
+		nvidia-modelopt==0.47.0 torch transformers gguf accelerate
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \

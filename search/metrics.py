@@ -4,8 +4,10 @@ them."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
+
+from search.scheme import FULL_PRECISION
 
 if TYPE_CHECKING:
     from search.space import Space
@@ -49,6 +51,23 @@ def _choices(space: Space) -> int:
     return int(space.allowed.sum())
 
 
+def _measurements(space: Space) -> int:
+    """Choices that round something; those of activations are measured with their weights alone, too."""
+    count = 0
+    for row in space.allowed:
+        asked = {scheme for scheme, open_ in zip(space.schemes, row, strict=True) if open_}
+        count += len((asked | {replace(scheme, activation_bits=16) for scheme in asked}) - {FULL_PRECISION})
+    return count
+
+
+def _rounds_inputs(space: Space) -> bool:
+    return any(scheme.quantizes_activations for scheme in space.schemes)
+
+
+def _convolutions(space: Space) -> int:
+    return sum(layer.kind == "conv" for layer in space.layers)
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -57,7 +76,8 @@ METRICS: dict[str, Metric] = {
             "Measured divergence: one unit at a scheme, all others at full precision",
             "measured",
             ("data",),
-            lambda space: 0.5 * _choices(space),
+            lambda space: 0.5 * _measurements(space),
+            version=2,
         ),
         Metric(
             "hessian_trace",
@@ -65,13 +85,14 @@ METRICS: dict[str, Metric] = {
             "second order",
             ("data", "forward derivatives", "gradients"),
             lambda space: 4 * PROBE,
+            version=2,
         ),
         Metric(
             "hessian_trace_labels",
             "Average Hessian trace × squared perturbation (HAWQ-V2), of the loss on labels",
             "second order",
             ("data", "labels", "double backward"),
-            lambda space: 4 * 2 * BACKWARD,
+            lambda space: 2 * BACKWARD + 4 * PROBE,
         ),
         Metric(
             "fisher",
@@ -100,20 +121,21 @@ METRICS: dict[str, Metric] = {
             "integrated",
             ("data", "gradients"),
             lambda space: (4 * (BACKWARD + 1) + 1) * _schemes(space),
+            in_loss_units=False,
         ),
         Metric(
             "pqi_single",
             "Post-quantization integral along a path of its own for every unit and scheme",
             "integrated",
             ("data", "gradients"),
-            lambda space: 4 * BACKWARD * _choices(space),
+            lambda space: 0.5 * (2 * (BACKWARD + 1) + 2) * _choices(space),
         ),
         Metric(
             "lrp",
             "Layer-wise relevance propagation: relevance of a layer × its relative quantization error",
             "relevance",
             ("data", "gradients"),
-            lambda space: BACKWARD,
+            lambda space: BACKWARD * (3 if _convolutions(space) > 1 else 1),
             in_loss_units=False,
         ),
         Metric(
@@ -137,7 +159,7 @@ METRICS: dict[str, Metric] = {
             "HIGGS (arXiv 2411.17525): measured response to noise × relative rounding error",
             "measured",
             ("data",),
-            lambda space: 0.5 * 3 * len(space.units),
+            lambda space: 0.5 * 3 * len(space.layers) * (2 if _rounds_inputs(space) else 1),
         ),
         Metric(
             "weight_mse",

@@ -84,7 +84,7 @@ class Evaluator:
         for name in self._applied.keys() | allocation.keys():
             scheme = allocation.get(name, FULL_PRECISION)
             if self._applied.get(name, FULL_PRECISION) != scheme:
-                self.layers[name].parameter.data = self._weight(name, scheme)
+                self.layers[name].parameter.data = self.weight(name, scheme)
                 self._applied[name] = scheme
 
     @contextmanager
@@ -153,20 +153,29 @@ class Evaluator:
             metrics["accuracy"] = float(torch.cat(correct).double().mean())
         return metrics
 
+    def grid(self, name: str, scheme: Scheme) -> Grid:
+        """The grid that the quantizer chooses for a layer's weight."""
+        key = (name, replace(scheme, activation_bits=16))
+        if key not in self._grids:
+            matrix = self.layers[name].matrix(self._originals[name])
+            self._grids[key] = choose_grid(matrix, scheme, self.quantizer)
+        return self._grids[key]
+
+    def rounding(self, name: str, scheme: Scheme) -> Tensor:
+        """Q(W) − W of a layer, shaped as its parameter; float32."""
+        return self.weight(name, scheme).float() - self._originals[name].float()
+
     def rounding_error(self, name: str, scheme: Scheme) -> float:
         """‖Q(W) − W‖² of a layer, summed over its weights."""
-        return float((self._weight(name, scheme) - self._originals[name]).double().square().sum())
+        return float(self.rounding(name, scheme).double().square().sum())
 
-    def _weight(self, name: str, scheme: Scheme) -> Tensor:
+    def weight(self, name: str, scheme: Scheme) -> Tensor:
+        """Q(W) of a layer, shaped as its parameter; W itself where the scheme keeps it."""
         original = self._originals[name]
         if not scheme.quantizes_weights:
             return original
         layer = self.layers[name]
-        matrix = layer.matrix(original)
-        key = (name, replace(scheme, activation_bits=16))
-        if key not in self._grids:
-            self._grids[key] = choose_grid(matrix, scheme, self.quantizer)
-        return layer.unmatrix(round_to_grid(matrix, self._grids[key], scheme))
+        return layer.unmatrix(round_to_grid(layer.matrix(original), self.grid(name, scheme), scheme))
 
     def _round_input(self, name: str, module: nn.Module) -> Any:
         def round_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -57,14 +57,14 @@ def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
 @contextmanager
 def counted_roundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     names: list[str] = []
-    original = Evaluator._weight
+    original = Evaluator.weight
 
     def weight(self: Evaluator, name: str, scheme: Scheme) -> Tensor:
         names.append(name)
         return original(self, name, scheme)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Evaluator, "_weight", weight)
+        patched.setattr(Evaluator, "weight", weight)
         yield names
 
 

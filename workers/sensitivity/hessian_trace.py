@@ -5,29 +5,32 @@ For layer l with n_l weights and Hessian H_l of the loss,
     ΔL_l(s) ≈ ½ · (Tr(H_l) / n_l) · ‖Q_s(W_l) − W_l‖²        Tr(H_l) = E[v_lᵀ (H v)_l],  v Rademacher
 
 (HAWQ-V2, eq. 4, leaves out Taylor's ½). The loss is the divergence from the model's own output: its gradient is zero at
-full precision, so its Hessian is exactly the Gauss-Newton matrix JᵀCJ, positive semidefinite. One probe over all layers
-gives every layer's estimate: terms between layers have mean zero. Activations are treated alike, with the trace with
-respect to the layer's input and the rounding error of that input.
+full precision, so its Hessian is exactly the Gauss-Newton matrix JᵀCJ, positive semidefinite. Activations are treated
+alike, with the trace with respect to the layer's input and the rounding error of that input.
+
+J v is taken forwards, which keeps no graph, and Jᵀ backwards: half the memory of differentiating twice backwards, and
+less work. The probes of an item share the graph of the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
+from torch.autograd import forward_ad
 
-from search.inventory import Layer
 from search.scheme import Scheme
 from search.space import Space
-from workers.evaluator import Evaluator, token_dims
+from search.stability import STABLE, changed_decisions
+from workers.evaluator import Evaluator
 from workers.loss import curvature
-from workers.models import LoadedModel
-from workers.quantizers.activation import round_activation
+from workers.sensitivity.backward import visiting
+from workers.sensitivity.hutchinson import Piece, Place, entering, plain_operations, probed, run_with
+from workers.sensitivity.rounding import rounding_errors, weight_only
 from workers.sensitivity.table import Entry, Subject, Table, metric, sum_of_layers
 from workers.tasks import Compute, Item, Result, Task
 
@@ -35,244 +38,228 @@ PARTS = 4
 """Each calibration batch is probed in so many parts, each with its own probe: for the same work, independent probes on
 few samples tell more than one probe on many."""
 
-MAX_ROUNDS = 4
+ROUNDS = ((0,), (1,), (2, 3))
+"""The seeds of the probes of each round, of every part: what is known doubles with each round."""
+
 RELATIVE_ERROR = 0.2
-"""Rounds stop when the mean relative standard error of the layers' traces is below this."""
+"""Rounds stop when the mean relative error that the probes leave in the layers' traces is below this."""
 
 
 @metric("hessian_trace")
 def hessian_trace(compute: Compute, subject: Subject) -> Table:
     """Predicted loss increase of every unit at every allowed scheme; each round probes every calibration sample."""
-    space, batch_sizes = subject.space, subject.batch_sizes
-    names = [layer.name for layer in space.layers]
-    rounded_inputs = [layer.name for layer in _layers_with_rounded_inputs(space)]
+    return trace_table(compute, subject, PROBE, ROUNDS)
+
+
+def trace_table(compute: Compute, subject: Subject, task: Task, rounds: Sequence[Sequence[int]]) -> Table:
+    """The table of the average traces that `task` probes, once with each of the seeds of a round.
+
+    Rounds go on until another would not change what is chosen, or there is none. The table's standard errors are those
+    between parts, of samples and probes together; whether to go on is decided by what other probes could change.
+    """
+    space = subject.space
+    rounding = rounding_errors(compute, space)
+    names, inputs = [layer.name for layer in space.layers], _layers_with_rounded_inputs(space)
     widths = sorted({scheme.activation_bits for scheme in space.schemes if scheme.quantizes_activations})
-    estimates: list[Result] = []
-    for round_ in range(MAX_ROUNDS):
-        items: list[Item] = [
-            {
-                "batch": batch,
-                "start": start,
-                "samples": -(-size // PARTS),
-                "seed": round_,
-                "layers": names,
-                "inputs": rounded_inputs,
-                "activation_bits": widths,
-            }
-            for batch, size in enumerate(batch_sizes)
-            for start in range(0, size, -(-size // PARTS))
-        ]
-        estimates += compute(PROBE, items)
-        relative_error = _relative_error(_samples(estimates, "weight"))
+    parts = _parts(subject.batch_sizes)
+    found: list[list[Result]] = [[] for _ in parts]
+
+    def table(estimates: dict[str, Estimate], probes_only: bool = False) -> Table:
+        weight = estimates["weight"].by_layer(names, probes_only)
+        activation = {width: estimates[f"a{width}"].by_layer(inputs, probes_only) for width in widths}
+
+        def entry(layer: str, scheme: Scheme) -> Entry:
+            of_weight = of_activation = variance = 0.0
+            if scheme.quantizes_weights:
+                mean, error = weight[layer]
+                half_square = rounding[layer][weight_only(scheme)] / 2
+                of_weight, variance = mean * half_square, (error * half_square) ** 2
+            if scheme.quantizes_activations:
+                of_activation, error = activation[scheme.activation_bits][layer]
+                variance += error**2
+            return Entry(of_weight, of_activation, variance)
+
+        return Table.of(space, sum_of_layers(entry))
+
+    for seeds in rounds:
+        asked = {"seeds": list(seeds), "layers": names, "inputs": inputs, "activation_bits": widths}
+        for known, result in zip(found, compute(task, [part | asked for part in parts]), strict=True):
+            known.append(result)
+        estimates = _estimates(found, [part["samples"] for part in parts])
+        relative_error = max(estimate.relative_error() for estimate in estimates.values())
+        changed = _changed_decisions(space, table(estimates, probes_only=True))
+        probes = sum(map(len, rounds[: len(found[0])]))
+        if probes * len(parts) == 1:
+            continue
         if relative_error < RELATIVE_ERROR:
+            stopped = "relative error"
             break
-
-    traces = dict(zip(names, _floored(_samples(estimates, "weight")), strict=True))
-    inputs = {
-        width: dict(zip(rounded_inputs, _floored(_samples(estimates, f"a{width}")), strict=True)) for width in widths
-    }
-    errors = compute(
-        ROUNDING_ERROR, [{"layer": layer.name, "schemes": _weight_schemes(space)} for layer in space.layers]
-    )
-    rounding = dict(zip(names, errors, strict=True))
-
-    def entry(layer: str, scheme: Scheme) -> Entry:
-        weight = activation = variance = 0.0
-        if scheme.quantizes_weights:
-            mean, error = traces[layer]
-            half_square = rounding[layer][_weight_only(scheme)] / 2
-            weight, variance = mean * half_square, (error * half_square) ** 2
-        if scheme.quantizes_activations:
-            activation, error = inputs[scheme.activation_bits][layer]
-            variance += error**2
-        return Entry(weight, activation, variance)
+        if changed <= STABLE:
+            stopped = "stable decisions"
+            break
+    else:
+        stopped = "most probes"
 
     details = {
-        "average_trace": {name: mean for name, (mean, _) in traces.items()},
+        **estimates["weight"].details("average_trace", names),
+        **estimates["input"].details("input_average_trace", inputs),
         "relative_error": relative_error,
-        "probes": len(estimates),
+        "changed_decisions": changed,
+        "probes_per_sample": probes,
+        "stopped": stopped,
     }
-    return Table.of(space, sum_of_layers(entry), details)
+    final = table(estimates)
+    return Table(final.weight, final.activation, final.stderr, details, estimates["weight"].notes(names))
 
 
-def _samples(estimates: list[Result], part: str) -> NDArray[np.float64]:
-    """Probes × layers."""
-    return np.array([estimate[part] for estimate in estimates])
+class Estimate(NamedTuple):
+    """Of every layer: the mean, its standard error, and what of that error the probes leave."""
 
+    mean: NDArray[np.float64]
+    error: NDArray[np.float64]
+    probe_error: NDArray[np.float64]
 
-def _relative_error(samples: NDArray[np.float64]) -> float:
-    mean, error = _mean_and_error(samples)
-    return float((error / np.maximum(np.abs(mean), 1e-300)).clip(0, 1).mean())
+    @classmethod
+    def of(cls, values: NDArray[np.float64], weights: NDArray[np.float64]) -> Estimate:
+        """From independent parts × probes × layers; `weights` are those of the parts and add up to 1.
 
+        Probes of one part see the same samples: the error is that between parts; of a single part, that between probes.
+        """
+        parts, probes, _ = values.shape
+        by_part = values.mean(axis=1)
+        mean = weights @ by_part
+        between = _variance_of_mean(by_part, weights) if parts > 1 else None
+        if probes == 1:
+            # Nothing tells samples from probes: other probes change no more than all there is.
+            within = np.zeros_like(mean) if between is None else between
+        else:
+            within = (weights**2) @ values.var(axis=1, ddof=1) / probes
+        return cls(mean, np.sqrt(within if between is None else between), np.sqrt(within))
 
-def _mean_and_error(samples: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    return samples.mean(axis=0), samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
+    def by_layer(self, names: list[str], probes_only: bool = False) -> dict[str, tuple[float, float]]:
+        """Mean and standard error by layer; a mean that is lost in noise, or below, counts as that noise."""
+        errors = self.probe_error if probes_only else self.error
+        floored = np.maximum(self.mean, self.error)
+        return {name: (float(m), float(e)) for name, m, e in zip(names, floored, errors, strict=True)}
 
+    def relative_error(self) -> float:
+        """The mean over layers of what the probes leave, at most 1 for each."""
+        if not self.mean.size:
+            return 0.0
+        return float((self.probe_error / np.maximum(np.abs(self.mean), 1e-300)).clip(0, 1).mean())
 
-def _floored(samples: NDArray[np.float64]) -> list[tuple[float, float]]:
-    """Mean and standard error per layer. The trace is positive: an estimate lost in noise counts as that noise."""
-    mean, error = _mean_and_error(samples)
-    return [(max(float(m), float(e)), float(e)) for m, e in zip(mean, error, strict=True)]
-
-
-def _layers_with_rounded_inputs(space: Space) -> list[Layer]:
-    rounds = np.array([scheme.quantizes_activations for scheme in space.schemes])
-    rows = (space.allowed & rounds).any(axis=1)
-    return [layer for unit, row in zip(space.units, rows, strict=True) if row for layer in unit.layers]
-
-
-def _weight_only(scheme: Scheme) -> str:
-    return str(Scheme(scheme.weight_bits, 16, scheme.group_size, scheme.symmetric))
-
-
-def _weight_schemes(space: Space) -> list[str]:
-    return sorted({_weight_only(scheme) for scheme in space.schemes if scheme.quantizes_weights})
-
-
-def _rounding_error(evaluator: Evaluator, item: Item) -> Result:
-    columns = evaluator.layers[item["layer"]].layer.columns
-    schemes = [scheme for text in item["schemes"] if (scheme := Scheme.parse(text)).fits(columns)]
-    return {str(scheme): evaluator.rounding_error(item["layer"], scheme) for scheme in schemes}
-
-
-def _probe(evaluator: Evaluator, item: Item) -> Result:
-    """v_lᵀ(Hv)_l / n_l of every layer, H being the Hessian of the mean loss of a few samples.
-
-    For activations, the average trace with respect to the layer's input is multiplied by ½‖Q(X) − X‖² of the same
-    samples at once: both belong to them.
-    """
-    evaluator.apply({})
-    chosen = slice(item["start"], item["start"] + item["samples"])
-    batch = {key: value[chosen] for key, value in evaluator.batches("calibration")[item["batch"]].items()}
-    generator = torch.Generator(evaluator.loaded.device).manual_seed(
-        (item["seed"] * 100_003 + item["batch"]) * 1_009 + item["start"]
-    )
-    layers = [evaluator.layers[name] for name in item["layers"]]
-    modules = [evaluator.layers[name].module for name in item["inputs"]]
-    with _differentiable(evaluator.loaded.model), _Inputs(modules) as inputs:
-        if item["inputs"]:
-            inputs.note(lambda: evaluator.loaded(batch), item["activation_bits"])
-        model = _Model(evaluator.loaded)
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        keys = [names[id(layer.parameter)] for layer in layers]
-
-        def run(variables: list[Tensor]) -> Tensor:
-            inputs.shifts = variables[len(keys) :]
-            weights = dict(zip(keys, variables, strict=False))
-            output: Tensor = torch.func.functional_call(model, weights, (batch,))
-            return output
-
-        def curved(output: Tensor, change: Tensor) -> Tensor:
-            return curvature(evaluator.loaded.task, output, change, batch.get("attention_mask")) / len(output)
-
-        variables = [*(layer.parameter.detach() for layer in layers), *inputs.zeros]
-        traces = _hutchinson(run, curved, variables, generator)
-    rounded = {
-        f"a{width}": [t * e / 2 for t, e in zip(traces[len(keys) :], inputs.errors[width], strict=True)]
-        for width in item["activation_bits"]
-    }
-    return {"weight": traces[: len(keys)], **rounded}
-
-
-def _hutchinson(
-    run: Callable[[list[Tensor]], Tensor],
-    curved: Callable[[Tensor, Tensor], Tensor],
-    variables: list[Tensor],
-    generator: torch.Generator,
-) -> list[float]:
-    """v·(Hv) / n of every variable, for one Rademacher v over all of them, with H = JᵀCJ.
-
-    J is that of `run`, C what `curved` multiplies by. Jv is taken forwards, which keeps no graph, and Jᵀ backwards:
-    half the memory of differentiating twice backwards, and less work.
-    """
-    probe = [
-        torch.randint(0, 2, variable.shape, generator=generator, device=variable.device, dtype=torch.int8)
-        .to(variable)
-        .mul_(2)
-        .sub_(1)
-        for variable in variables
-    ]
-    with torch.no_grad():
-        output, change = torch.func.jvp(run, (variables,), (probe,))  # type: ignore[misc]
-        cotangent = curved(output, change).to(output)
-        del output, change
-    leaves = [variable.requires_grad_() for variable in variables]
-    products = torch.autograd.grad(run(leaves), leaves, grad_outputs=cotangent)
-    return [float((v * hv).sum(dtype=torch.float64)) / v.numel() for v, hv in zip(probe, products, strict=True)]
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Within, attention and experts run as plain operations: the fused ones have no forward derivative."""
-    fused = getattr(getattr(model, "config", None), "_experts_implementation", None)
-    try:
-        if fused is not None:
-            model.set_experts_implementation("eager")  # type: ignore[operator]
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        if fused is not None:
-            model.set_experts_implementation(fused)  # type: ignore[operator]
-
-
-class _Model(nn.Module):
-    """A loaded model as a module, so that it can be called with other weights."""
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        super().__init__()
-        self.model = loaded.model
-        self._loaded = loaded
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self._loaded(batch)
-
-
-class _Inputs:
-    """The inputs of some modules: within, each carries a shift with respect to which derivatives can be taken."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._modules = {module: index for index, module in enumerate(modules)}
-        self.shifts: list[Tensor] = []
-        self.zeros: list[Tensor] = []
-        self.errors: dict[int, list[float]] = {}
-
-    def __enter__(self) -> _Inputs:
-        self._hooks = [module.register_forward_pre_hook(self._shift) for module in self._modules]
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def note(self, run: Callable[[], object], widths: list[int]) -> None:
-        """Fill `zeros` (shaped as the inputs) and `errors` (‖Q(X) − X‖² by width in bits) from one pass."""
-        noted: dict[nn.Module, Tensor] = {}
-
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            noted[module] = inputs[0]
-
-        hooks = [module.register_forward_pre_hook(keep) for module in self._modules]
-        with torch.no_grad():
-            run()
-        for hook in hooks:
-            hook.remove()
-        self.zeros = [torch.zeros_like(noted[module]) for module in self._modules]
-        self.errors = {
-            width: [_rounding(noted[module], width, token_dims(module, noted[module])) for module in self._modules]
-            for width in widths
+    def details(self, name: str, layers: list[str]) -> dict[str, dict[str, float]]:
+        """`name` and its standard error, by layer."""
+        return {
+            name: dict(zip(layers, self.mean.tolist(), strict=True)),
+            f"{name}_stderr": dict(zip(layers, self.error.tolist(), strict=True)),
         }
 
-    def _shift(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        return (inputs[0] + self.shifts[self._modules[module]], *inputs[1:]) if self.shifts else None
+    def notes(self, names: list[str]) -> tuple[str, ...]:
+        """Name the layers through which no probe ever moved the loss, and count those with a negative trace."""
+        still = (self.mean == 0) & (self.error == 0)
+        notes = [f"the loss does not depend on {name}" for name, one in zip(names, still, strict=True) if one]
+        if negative := int((self.mean < 0).sum()):
+            notes.append(
+                f"{negative} of {len(names)} layers have a negative average trace, which counts as its standard error"
+            )
+        return tuple(notes)
 
 
-def _rounding(x: Tensor, width: int, dims: int) -> float:
-    return float((round_activation(x, width, dims) - x).double().square().sum())
+def _variance_of_mean(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of the weighted mean of independent rows."""
+    spread = (weights**2) @ (values - weights @ values) ** 2
+    return np.asarray(spread * len(values) / (len(values) - 1))
 
 
-PROBE = Task("hessian_trace.probe", 1, _probe)
-"""Item: samples of a batch, a seed, layers. Result: each layer's average trace ("weight"), and the predicted loss of
-rounding its input ("a8", …)."""
+def _estimates(found: list[list[Result]], samples: list[int]) -> dict[str, Estimate]:
+    weights = np.array(samples) / sum(samples)
+    return {
+        part: Estimate.of(np.array([[probe for one in known for probe in one[part]] for known in found]), weights)
+        for part in found[0][0]
+    }
 
-ROUNDING_ERROR = Task("rounding_error", 1, _rounding_error, uses_data=False)
-"""Item: a layer and weight schemes. Result: scheme → ‖Q(W) − W‖²."""
+
+def _parts(batch_sizes: Sequence[int]) -> list[Item]:
+    """Where each batch is cut, with the samples of each part."""
+    sizes = {size: -(-size // PARTS) for size in batch_sizes}
+    return [
+        {"batch": batch, "start": start, "samples": min(sizes[size], size - start)}
+        for batch, size in enumerate(batch_sizes)
+        for start in range(0, size, sizes[size])
+    ]
+
+
+def _changed_decisions(space: Space, table: Table) -> float:
+    values, errors = table.values.to_numpy(), table.stderr.to_numpy()
+    relative = np.divide(errors, values, out=np.zeros_like(values), where=np.isfinite(values) & (values > 0))
+    bits = [
+        [sum(scheme.storage_bits(layer.rows, layer.columns) for layer in unit.layers) for scheme in space.schemes]
+        for unit in space.units
+    ]
+    return changed_decisions(values, relative.max(axis=1), np.array(bits, dtype=float))
+
+
+def _layers_with_rounded_inputs(space: Space) -> list[str]:
+    rounds = np.array([scheme.quantizes_activations for scheme in space.schemes])
+    rows = (space.allowed & rounds).any(axis=1)
+    return [layer.name for unit, row in zip(space.units, rows, strict=True) if row for layer in unit.layers]
+
+
+def _probe(piece: Piece) -> None:
+    evaluator, seeds = piece.evaluator, piece.item["seeds"]
+    cotangents = [_curved(piece, seed) for seed in seeds]
+
+    def watch(place: Place, x: Tensor) -> Tensor:
+        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        x.register_hook(lambda gradient: piece.add(place, gradient))  # type: ignore[no-untyped-call]
+        return x
+
+    with (
+        torch.enable_grad(),
+        visiting(evaluator, piece.item["layers"], weight=lambda name, gradient: piece.add((name, None), gradient)),
+        entering(evaluator, piece.item["inputs"], watch),
+    ):
+        output = evaluator.loaded(piece.batch)
+        for seed, cotangent in zip(seeds, cotangents, strict=True):
+            piece.seed = seed
+            torch.autograd.backward(output, cotangent, retain_graph=seed != seeds[-1])
+
+
+@torch.no_grad()
+def _curved(piece: Piece, seed: int) -> Tensor:
+    """C·J·v: the change of the output along a probe, times the curvature of the mean loss there."""
+    evaluator, piece.seed = piece.evaluator, seed
+
+    def move(place: Place, x: Tensor) -> Tensor:
+        x, tangent = _value_and_tangent(x)
+        piece.note_rounding(place, x)
+        signs = piece.signs(place, x)
+        return _moving(x, signs if tangent is None else tangent + signs)
+
+    with forward_ad.dual_level(), plain_operations(evaluator.loaded.model):
+        weights = {name: _moving(weight, piece.signs((name, None), weight)) for name, weight in piece.weights().items()}
+        with entering(evaluator, piece.item["inputs"], move):
+            output, change = _value_and_tangent(run_with(evaluator, weights, piece.batch))
+    if change is None:
+        return torch.zeros_like(output)
+    mask = piece.batch.get("attention_mask")
+    return (curvature(evaluator.loaded.task, output, change, mask) / piece.samples).to(output)
+
+
+def _moving(x: Tensor, tangent: Tensor) -> Tensor:
+    dual: Tensor = forward_ad.make_dual(x, tangent)  # type: ignore[no-untyped-call]
+    return dual
+
+
+def _value_and_tangent(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    value, tangent = forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
+    return value, tangent
+
+
+def _run(evaluator: Evaluator, item: Item) -> Result:
+    return probed(evaluator, item, _probe)
+
+
+PROBE = Task("hessian_trace.probe", 2, _run)
+"""Item: samples of a batch, seeds, layers, layers whose inputs are rounded, to how many bits. Result: as `probed`."""

@@ -1,0 +1,281 @@
+"""The pass that `fisher` and `gauss_newton` share: gradients of a random score of the model's output.
+
+`workers.loss.score` draws c of a few samples' output with E[c cᵀ] = C, the Hessian of their mean divergence with
+respect to the output. Going backwards once gives G = Jᵀc of all layers' weights and inputs, and
+
+    E[G Gᵀ] = JᵀCJ
+
+is the Gauss-Newton matrix of the loss. As the divergence from the model's own output has no gradient at full precision,
+it is the loss's Hessian; for a divergence in nats it is also the Fisher matrix, with labels from the model and not from
+the data (Martens, 1412.1193, section 9; Kunstner et al., 1905.12558, on the difference). Random signs per sample and
+position make one backward pass over all of them unbiased.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from search.scheme import Scheme
+from search.space import Space, Unit
+from workers.calibration import Batch
+from workers.evaluator import Evaluator, token_dims
+from workers.loss import score
+from workers.quantizers.activation import round_activation
+from workers.sensitivity.backward import LARGE, is_large, visiting
+from workers.sensitivity.rounding import weight_only
+from workers.sensitivity.table import Subject
+from workers.tasks import Compute, Item, Result, Task
+
+Array = NDArray[np.float64]
+
+Found = dict[str, dict[str, list[float]]]
+"""Layer → weight scheme by name, or width of the rounded input ("a8") → numbers."""
+
+SHARDS = 4
+"""The calibration samples are cut into so many contiguous shards, each an item of its own."""
+
+MICRO_BATCHES = 8
+"""For the Fisher diagonal alone, samples go together in at least so many micro-batches: their spread is the standard
+error. The sketch takes one sample at a time: its rows must not mix samples."""
+
+SEED = 0
+
+HALF_SCALE = 2.0**10
+"""What a float16 model's score is multiplied by on its way back: below 6e-8 float16 has no numbers."""
+
+
+def sampled(compute: Compute, subject: Subject, name: str) -> list[Result]:
+    """What the pass found for the metric `name`, shard by shard; other metrics of the search share the pass."""
+    space, samples = subject.space, sum(subject.batch_sizes)
+    scores = sorted(SCORES.keys() & {name, *subject.requested})
+    cuts = np.linspace(0, samples, min(SHARDS, samples) + 1).round().astype(int).tolist()
+    asked: Item = {
+        "scores": scores,
+        "at_once": 1 if "gauss_newton" in scores else math.ceil(samples / MICRO_BATCHES),
+        "seed": SEED,
+        "weights": _weights(space),
+        "inputs": _inputs(space),
+    }
+    return compute(SAMPLED, [asked | {"start": start, "stop": stop} for start, stop in pairwise(cuts)])
+
+
+def joined(results: Sequence[Result], *path: str) -> dict[str, dict[str, Array]]:
+    """The numbers that the results keep under `path`, layer → key, those of all shards one after the other."""
+    parts: list[Found] = []
+    for result in results:
+        for key in path:
+            result = result[key]
+        parts.append(result)
+    return {
+        layer: {key: np.concatenate([part[layer][key] for part in parts]) for key in keys}
+        for layer, keys in parts[0].items()
+    }
+
+
+def independent(space: Space, results: Sequence[Result]) -> list[str]:
+    """A note that names the layers whose weights have no gradient on any sample."""
+    squares = joined(results, "squares")
+    names = [layer.name for layer in space.layers if layer.name in squares and not squares[layer.name]["norm"].any()]
+    return [f"the loss does not depend on {', '.join(names)}"] if names else []
+
+
+def sum_of(unit: Unit, found: dict[str, dict[str, Array]], key: str) -> Array | float:
+    """The sum over a unit's layers of what was found for each under `key`; 0 where nothing was asked."""
+    return sum((found[layer.name][key] for layer in unit.layers if key in found.get(layer.name, {})), start=0.0)
+
+
+def variance_of_mean(values: Array, sizes: Array) -> float:
+    """Of the mean, weighted by `sizes`, of independent estimates; 0 for a single one, of which nothing is known."""
+    count, shares = len(values), sizes / sizes.sum()
+    if count < 2:
+        return 0.0
+    deviations = shares * (values - shares @ values)
+    return float(count / (count - 1) * deviations @ deviations)
+
+
+def _weights(space: Space) -> dict[str, list[str]]:
+    """The ways to round each layer's weight; layers that are only ever kept are left out."""
+    return {
+        layer.name: names
+        for unit, row in zip(space.units, space.allowed, strict=True)
+        if (names := _distinct(map(weight_only, _rounding(space, row))))
+        for layer in unit.layers
+    }
+
+
+def _inputs(space: Space) -> dict[str, list[int]]:
+    """The widths that each layer's input may be rounded to; layers whose inputs are kept are left out."""
+    return {
+        layer.name: widths
+        for unit, row in zip(space.units, space.allowed, strict=True)
+        if (widths := sorted({s.activation_bits for s in _rounding(space, row) if s.quantizes_activations}))
+        for layer in unit.layers
+    }
+
+
+def _rounding(space: Space, row: NDArray[np.bool_]) -> list[Scheme]:
+    return [scheme for scheme, allowed in zip(space.schemes, row, strict=True) if allowed and scheme.quantizes_weights]
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _sampled(evaluator: Evaluator, item: Item) -> Result:
+    """Go backwards from a score of each micro-batch of a shard, and hand the gradients to what was asked for."""
+    evaluator.apply({})
+    batches = list(_micro_batches(evaluator, item))
+    sizes = [len(next(iter(batch.values()))) for _, batch in batches]
+    scale = HALF_SCALE if next(evaluator.loaded.model.parameters()).dtype == torch.float16 else 1.0
+    scores = {name: SCORES[name](evaluator, item, sizes) for name in item["scores"]}
+    squares: Found = {name: {"norm": [0.0] * len(batches)} for name in item["weights"]}
+
+    def weight(at: int, name: str, gradient: Tensor) -> None:
+        squares[name]["norm"][at] = float(torch.linalg.vector_norm(gradient, dtype=torch.float32) / scale) ** 2
+        for each in scores.values():
+            each.weight(at, name, gradient.float(), scale)
+
+    def entered(at: int, name: str, x: Tensor, gradient: Tensor) -> None:
+        for bits in item["inputs"].get(name, ()):
+            error = round_activation(x, bits, token_dims(evaluator.layers[name].module, x)) - x
+            products = gradient.float() * error.float() / scale
+            for each in scores.values():
+                each.input(at, name, f"a{bits}", products)
+
+    for at, (first, batch) in enumerate(batches):
+        generator = torch.Generator(evaluator.loaded.device).manual_seed(item["seed"] * 1_000_003 + first)
+        inputs = partial(entered, at) if item["inputs"] else None
+        with visiting(evaluator, item["weights"], weight=partial(weight, at), entered=inputs):
+            output = evaluator.loaded(batch)
+            if output.requires_grad:
+                c = score(evaluator.loaded.task, output.detach(), batch.get("attention_mask"), generator)
+                torch.autograd.backward(output, c.mul_(scale).to(output))
+    found = {name: each.result() for name, each in scores.items()}
+    evaluator.apply({})
+    return {"sizes": sizes, "squares": squares} | found
+
+
+def _micro_batches(evaluator: Evaluator, item: Item) -> Iterable[tuple[int, Batch]]:
+    """The item's samples, at most `at_once` of a batch together, with the first one's place in the split."""
+    at_once = 1 if is_large(evaluator) else item["at_once"]
+    before = 0
+    for batch in evaluator.batches("calibration"):
+        count = len(next(iter(batch.values())))
+        stop = min(item["stop"] - before, count)
+        for low in range(max(item["start"] - before, 0), stop, at_once):
+            chosen = slice(low, min(low + at_once, stop))
+            yield before + low, {key: value[chosen] for key, value in batch.items()}
+        before += count
+
+
+class _Score(Protocol):
+    """What is made of the gradients G of a shard's micro-batches, of `sizes` samples each."""
+
+    def __init__(self, evaluator: Evaluator, item: Item, sizes: Sequence[int]) -> None: ...
+
+    def weight(self, at: int, name: str, gradient: Tensor, scale: float) -> None:
+        """Take `scale`·G of a layer's weight, of micro-batch `at`."""
+
+    def input(self, at: int, name: str, width: str, products: Tensor) -> None:
+        """Take G·(Q(x) − x), element by element, of one use of a layer with input x."""
+
+    def result(self) -> Result:
+        """All numbers: `weights` and `inputs`, both `Found`."""
+
+
+class _Fisher:
+    """½ Σ E[G²]·Δ²: of weights the mean over the shard, of inputs that of each micro-batch.
+
+    One accumulator a layer, shaped as its weight, is all the memory that it takes.
+    """
+
+    def __init__(self, evaluator: Evaluator, item: Item, sizes: Sequence[int]) -> None:
+        self._evaluator, self._item, self._sizes = evaluator, item, sizes
+        # In one piece, which is given back whole: small ones would leave gaps between gradients that come and go.
+        shapes = {name: evaluator.layers[name].parameter.shape for name in item["weights"]}
+        lengths = [shape.numel() for shape in shapes.values()]
+        pieces = torch.split(torch.zeros(sum(lengths), device=evaluator.loaded.device), lengths)
+        self._squares = {name: piece.view(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
+        self._inputs = _zeros(item["inputs"], len(sizes), "a")
+
+    def weight(self, at: int, name: str, gradient: Tensor, scale: float) -> None:
+        share = self._sizes[at] / sum(self._sizes)
+        self._squares[name].addcmul_(gradient, gradient, value=share / scale**2)
+
+    def input(self, at: int, name: str, width: str, products: Tensor) -> None:
+        self._inputs[name][width][at] += float(products.square().sum()) / 2
+
+    def result(self) -> Result:
+        weights = _zeros(self._item["weights"], 1)
+        for name, squares in self._squares.items():
+            for text, found in weights[name].items():
+                change = self._evaluator.rounding(name, Scheme.parse(text)).flatten()
+                found[0] = float(torch.dot(squares.flatten(), change.square_())) / 2
+        return {"weights": weights, "inputs": self._inputs}
+
+
+class _GaussNewton:
+    """⟨G, Δ⟩ of each sample: their squares and products are on average Δ's quadratic form.
+
+    Gradients of as many samples as fit in `LARGE` bytes wait for one rounding of their weight; those of a large model
+    do not wait.
+    """
+
+    def __init__(self, evaluator: Evaluator, item: Item, sizes: Sequence[int]) -> None:
+        self._evaluator = evaluator
+        self._weights = _zeros(item["weights"], len(sizes))
+        self._inputs = _zeros(item["inputs"], len(sizes), "a")
+        self._waiting: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in item["weights"]}
+        floats = sum(evaluator.layers[name].parameter.numel() for name in item["weights"])
+        self._most = max(1, LARGE // max(4 * floats, 1))
+
+    def weight(self, at: int, name: str, gradient: Tensor, scale: float) -> None:
+        self._waiting[name].append((at, gradient.flatten() / scale if scale != 1 else gradient.flatten()))
+        if len(self._waiting[name]) >= self._most:
+            self._multiply(name)
+
+    def input(self, at: int, name: str, width: str, products: Tensor) -> None:
+        self._inputs[name][width][at] += float(products.sum())
+
+    def result(self) -> Result:
+        for name in self._waiting:
+            self._multiply(name)
+        return {"weights": _rounded(self._weights), "inputs": _rounded(self._inputs)}
+
+    def _multiply(self, name: str) -> None:
+        waiting, self._waiting[name] = self._waiting[name], []
+        if waiting:
+            for text, found in self._weights[name].items():
+                change = self._evaluator.rounding(name, Scheme.parse(text)).flatten()
+                for at, gradient in waiting:
+                    found[at] = float(torch.dot(gradient, change))
+
+
+def _zeros(asked: dict[str, list[str]] | dict[str, list[int]], count: int, prefix: str = "") -> Found:
+    return {name: {f"{prefix}{key}": [0.0] * count for key in keys} for name, keys in asked.items()}
+
+
+def _rounded(found: Found) -> Found:
+    """To six significant digits: a sketch is kept whole, and its sampling error is far greater."""
+    return {
+        name: {key: [float(f"{value:.6g}") for value in values] for key, values in keys.items()}
+        for name, keys in found.items()
+    }
+
+
+SCORES: dict[str, type[_Score]] = {"fisher": _Fisher, "gauss_newton": _GaussNewton}
+"""What may be made of the pass, by metric."""
+
+SAMPLED = Task("sampled", 1, _sampled)
+"""Item: the `scores` wanted, samples `start` to `stop` of the calibration split, `at_once` together, a seed, and for
+each layer the `weights` schemes and widths of `inputs` to round to. Result: `sizes` of the micro-batches, of each
+layer's weight `squares` (‖G‖² of each micro-batch, under "norm"), and by score its `weights` and `inputs`."""

@@ -1,0 +1,232 @@
+"""Losses of variants of a few layers, with all others at full precision: no block before them is run again.
+
+Several variants are one forward pass over a batch stacked as many times: in the layers that vary each copy of the batch
+meets its own variant, everywhere else they are one batch. Exact but for the order in which floats are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from search.space import Unit
+from workers.calibration import Batch
+from workers.evaluator import Evaluator
+
+STACK = {"cuda": 8}
+"""Variants that are run at once, by the kind of device; elsewhere one: on a processor a stack is no faster when a batch
+has 256 tokens, and slower when it has 2048."""
+
+STACKED = 2**28
+"""Most numbers in the output of a stacked batch: 1 GiB in float32."""
+
+STRETCHES = 8
+"""Most parts of a network that are measured independently."""
+
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What becomes of layers' weights, by name and shaped as their parameters, and of the inputs of the modules that
+    hold them; layers without an entry stay as they are. Asked for when a layer runs, so that no copy is kept."""
+
+    weights: Mapping[str, Change] = field(default_factory=dict)
+    inputs: Mapping[str, Change] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that vary."""
+        return list({**self.weights, **self.inputs})
+
+
+class Walk:
+    """A batch on its way through the blocks of a model at full precision; it only moves forward."""
+
+    def __init__(self, evaluator: Evaluator, index: int, split: str = "calibration") -> None:
+        """Start before the first block, on batch `index` of `split`."""
+        self.batch = evaluator.batches(split)[index]
+        self.reference = evaluator.reference(split, index)
+        self._evaluator = evaluator
+        self._block = 0
+        self._before: Any = None
+
+    def move(self, block: int) -> None:
+        """Go on to the input of block `block` (the number of blocks: behind the last)."""
+        chain = self._evaluator.chain
+        if chain is not None and block > self._block:
+            with self._resumed(1):
+                self._before = chain.output_of(block - 1, partial(self._evaluator.loaded, self.batch))
+            self._block = block
+
+    def losses(self, variants: Sequence[Variant]) -> list[Tensor]:
+        """The loss of every sample for each variant of layers that first run from here on; each (samples,).
+
+        Variants are run one at a time where the layers do not keep samples apart.
+        """
+        most = STACK.get(self._evaluator.loaded.device.type, 1)
+        stack = max(1, min(most, STACKED // self.reference.numel()))
+        try:
+            return self._losses_in_groups(variants, stack)
+        except _Mixed:
+            return self._losses_in_groups(variants, 1)
+
+    def _losses_in_groups(self, variants: Sequence[Variant], size: int) -> list[Tensor]:
+        groups = [variants[start : start + size] for start in range(0, len(variants), size)]
+        return [loss for group in groups for loss in self._losses_at_once(group)]
+
+    def _losses_at_once(self, variants: Sequence[Variant]) -> list[Tensor]:
+        count = len(variants)
+        batch: Batch = _repeated(self.batch, count)
+        with ExitStack() as swaps:
+            swaps.enter_context(self._resumed(count))
+            swaps.enter_context(_varied(self._evaluator, variants))
+            output = self._evaluator.loaded(batch)
+        return [self._evaluator.losses(self.batch, one, self.reference).double() for one in output.chunk(count)]
+
+    def _resumed(self, count: int) -> Any:
+        chain = self._evaluator.chain
+        if chain is None or not self._block:
+            return nullcontext()
+        if count > 1 and len(_first(self._before)) != len(next(iter(self.batch.values()))):
+            raise _Mixed
+        return chain.resumed(self._block, _repeated(self._before, count))
+
+
+def blocks_before(evaluator: Evaluator) -> dict[str, int]:
+    """Layer → how many blocks have run when it first runs; 0 where there is no chain of blocks."""
+    names = evaluator.chain.names if evaluator.chain else []
+    found: dict[str, int] = {}
+    behind = 0
+    # Layers stand in the order they first run: one outside the blocks runs after those whose layers ran before it.
+    for name, weighted in evaluator.layers.items():
+        block = weighted.layer.block
+        if block is not None:
+            found[name] = names.index(block)
+            behind = max(behind, found[name] + 1)
+        else:
+            found[name] = behind
+    return found
+
+
+def stretches(units: Sequence[Unit], measurements: Sequence[int]) -> list[list[int]]:
+    """The units (by index) cut at block boundaries into at most `STRETCHES` stretches of the network.
+
+    They take about the same time: a measurement of a unit costs what is left of the network behind it.
+    """
+    blocks = [list(rows) for _, rows in groupby(range(len(units)), lambda row: units[row].block or units[row].name)]
+    if len(blocks) <= STRETCHES:
+        return blocks
+    costs = [(1 - i / len(blocks)) * sum(measurements[row] for row in rows) for i, rows in enumerate(blocks)]
+    found: dict[int, list[int]] = {}
+    spent = 0.0
+    for rows, cost in zip(blocks, costs, strict=True):
+        found.setdefault(int((spent + cost / 2) / max(sum(costs), 1) * STRETCHES), []).extend(rows)
+        spent += cost
+    return list(found.values())
+
+
+@contextmanager
+def _varied(evaluator: Evaluator, variants: Sequence[Variant]) -> Iterator[None]:
+    """Within, the modules of the layers that vary give each variant its part of a stacked input."""
+    names: dict[nn.Module, list[str]] = {}
+    for name in dict.fromkeys(name for variant in variants for name in variant.layers):
+        for module in evaluator.modules(name):
+            names.setdefault(module, []).append(name)
+    own = {module: vars(module).get("forward") for module in names}
+    stack = _Stack(evaluator, variants)
+    try:
+        for module in names:
+            module.forward = partial(stack.run, module, names[module], module.forward)
+        yield
+    finally:
+        for module, forward in own.items():
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+class _Stack:
+    def __init__(self, evaluator: Evaluator, variants: Sequence[Variant]) -> None:
+        self._evaluator = evaluator
+        self._variants = variants
+        self._is_known = len(variants) == 1
+
+    def run(
+        self,
+        module: nn.Module,
+        names: list[str],
+        forward: Callable[..., Tensor],
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        if len(self._variants) == 1:
+            return self._run_one(self._variants[0], module, names, forward, x, *args, **kwargs)
+        # Fused experts take the routing along: their inputs are no stack of their own.
+        if args or kwargs or len(x) % len(self._variants):
+            raise _Mixed
+        parts = x.chunk(len(self._variants))
+        if not self._is_known and not _alike(parts[0], parts[-1]):
+            raise _Mixed
+        self._is_known = True
+        return torch.cat(
+            [
+                self._run_one(variant, module, names, forward, part)
+                for variant, part in zip(self._variants, parts, strict=True)
+            ]
+        )
+
+    def _run_one(
+        self,
+        variant: Variant,
+        module: nn.Module,
+        names: list[str],
+        forward: Callable[..., Tensor],
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        layers = {name: self._evaluator.layers[name] for name in names}
+        kept = {name: layer.parameter.data for name, layer in layers.items()}
+        try:
+            for name, layer in layers.items():
+                if name in variant.weights:
+                    layer.parameter.data = variant.weights[name](kept[name])
+                if name in variant.inputs and module is layer.module:
+                    x = variant.inputs[name](x)
+            return forward(x, *args, **kwargs)
+        finally:
+            for name, layer in layers.items():
+                layer.parameter.data = kept[name]
+
+
+class _Mixed(Exception):
+    """An input's first dimension is not that of the samples."""
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Whether two inputs are one but for float rounding, as those of the first layer that varies must be."""
+    return bool((x.float() - y.float()).norm() <= 0.01 * x.float().norm())
+
+
+def _repeated(value: Any, count: int) -> Any:
+    if count == 1:
+        return value
+    if isinstance(value, Tensor):
+        return value.repeat(count, *[1] * (value.dim() - 1))
+    if isinstance(value, dict):
+        return {key: _repeated(one, count) for key, one in value.items()}
+    return type(value)(_repeated(one, count) for one in value) if isinstance(value, (tuple, list)) else value
+
+
+def _first(output: Any) -> Tensor:
+    first: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return first
