@@ -43,7 +43,7 @@ bench-minilm: $(VENV)/.dev ## Time a full search on MiniLM (takes 3 minutes)
 
 bench-pqi: $(VENV)/.dev ## Completeness and error of post-quantization integrals (fetches 93 MB, takes 6 minutes)
 	$(BIN)/python scripts/fetch_models.py
-	$(BIN)/python -m benchmarks.pqi
+	MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 $(BIN)/python -m benchmarks.pqi
 
 bench-smollm2: $(VENV)/.dev ## Mixed against uniform precision on SmolLM2-135M (fetches 93 MB, takes 7 minutes)
 	$(BIN)/python scripts/fetch_models.py

@@ -121,6 +121,7 @@ def probed(evaluator: Evaluator, item: Item, probe: Callable[[Piece], None]) -> 
         probe(piece)
         for part, values in piece.result().items():
             totals[part] = totals.get(part, 0) + values * piece.samples / (stop - item["start"])
+    evaluator.apply({})
     return {part: values.tolist() for part, values in totals.items()}
 
 

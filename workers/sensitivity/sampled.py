@@ -152,16 +152,21 @@ def _sampled(evaluator: Evaluator, item: Item) -> Result:
                 each.input(at, name, f"a{bits}", products)
 
     for at, (first, batch) in enumerate(batches):
-        generator = torch.Generator(evaluator.loaded.device).manual_seed(item["seed"] * 1_000_003 + first)
         inputs = partial(entered, at) if item["inputs"] else None
         with visiting(evaluator, item["weights"], weight=partial(weight, at), entered=inputs):
-            output = evaluator.loaded(batch)
-            if output.requires_grad:
-                c = score(evaluator.loaded.task, output.detach(), batch.get("attention_mask"), generator)
-                torch.autograd.backward(output, c.mul_(scale).to(output))
+            _go_backwards(evaluator, batch, item["seed"] * 1_000_003 + first, scale)
     found = {name: each.result() for name, each in scores.items()}
     evaluator.apply({})
     return {"sizes": sizes, "squares": squares} | found
+
+
+def _go_backwards(evaluator: Evaluator, batch: Batch, seed: int, scale: float) -> None:
+    """From `scale` times a score. Nothing of the output outlives this: logits weigh as much as many layers."""
+    generator = torch.Generator(evaluator.loaded.device).manual_seed(seed)
+    output = evaluator.loaded(batch)
+    if output.requires_grad:
+        c = score(evaluator.loaded.task, output.detach(), batch.get("attention_mask"), generator)
+        torch.autograd.backward(output, c.mul_(scale).to(output))
 
 
 def _micro_batches(evaluator: Evaluator, item: Item) -> Iterable[tuple[int, Batch]]:

@@ -10,7 +10,8 @@ import torch
 
 from search.request import Calibration
 from tests import models
-from tests.workers.sensitivity.support import TinyNet
+from tests.workers.sensitivity.dense import evaluator_of
+from tests.workers.sensitivity.support import GroupedNet, TinyNet
 from workers.calibration import Data
 from workers.evaluator import Evaluator, EvaluatorSpec
 from workers.models import LoadedModel, load_model
@@ -31,10 +32,16 @@ def minilm() -> Evaluator:
 
 
 @pytest.fixture(
-    scope="session", params=["digits_vit", "digits_resnet", "tiny_llama", "tiny_gpt2", "tiny_moe", "tiny_bert"]
+    scope="session",
+    params=["digits_vit", "digits_resnet", "grouped_net", "tiny_llama", "tiny_gpt2", "tiny_moe", "tiny_bert"],
 )
 def any_evaluator(request: pytest.FixtureRequest, model_folder: Callable[[str], Path]) -> Evaluator:
     """One of every kind of model."""
+    if request.param == "grouped_net":
+        torch.manual_seed(0)
+        return evaluator_of(
+            GroupedNet(), {"pixel_values": torch.randn(4, 1, 7, 7), "labels": torch.randint(0, 5, (4,))}
+        )
     source = str(model_folder(request.param))
     if request.param.startswith("tiny"):
         return Evaluator.build(EvaluatorSpec(source, Calibration(samples=4, sequence_length=16)))

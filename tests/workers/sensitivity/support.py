@@ -49,3 +49,21 @@ class TinyNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(torch.nn.functional.gelu(self.conv(images)).mean((2, 3)))
+
+
+class GroupedNet(nn.Module):
+    """A convolution, a grouped and a depthwise one with batch norm, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3)
+        self.grouped = nn.Conv2d(8, 12, 3, groups=4, bias=False)
+        self.norm = nn.BatchNorm2d(12)
+        self.depthwise = nn.Conv2d(12, 12, 3, groups=12, padding=1)
+        self.head = nn.Linear(12, 5)
+        self.config = SimpleNamespace(image_size=7, num_channels=1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(images))
+        x = torch.relu(self.norm(self.grouped(x)))
+        return self.head(torch.nn.functional.silu(self.depthwise(x)).mean((2, 3)))
