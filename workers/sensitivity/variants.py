@@ -1,4 +1,5 @@
-"""Losses of variants of a few layers, with all others at full precision: no block before them is run again.
+"""Losses of variants of a few layers, with all others at full precision: no block before them is run again, nor any
+layer before them in their own block.
 
 Several variants are one forward pass over a batch stacked as many times: in the layers that vary each copy of the batch
 meets its own variant, everywhere else they are one batch. Exact but for the order in which floats are summed.
@@ -57,6 +58,7 @@ class Walk:
         self._evaluator = evaluator
         self._block = 0
         self._before: Any = None
+        self._outputs: dict[str, Tensor] | None = None
 
     def move(self, block: int) -> None:
         """Go on to the input of block `block` (the number of blocks: behind the last)."""
@@ -65,6 +67,7 @@ class Walk:
             with self._resumed(1):
                 self._before = chain.output_of(block - 1, partial(self._evaluator.loaded, self.batch))
             self._block = block
+            self._outputs = None
 
     def losses(self, variants: Sequence[Variant]) -> list[Tensor]:
         """The loss of every sample for each variant of layers that first run from here on; each (samples,).
@@ -87,9 +90,44 @@ class Walk:
         batch: Batch = _repeated(self.batch, count)
         with ExitStack() as swaps:
             swaps.enter_context(self._resumed(count))
+            for name, output in self._earlier({name for variant in variants for name in variant.layers}).items():
+                swaps.enter_context(_returning(self._evaluator.layers[name].module, _repeated(output, count)))
             swaps.enter_context(_varied(self._evaluator, variants))
             output = self._evaluator.loaded(batch)
         return [self._evaluator.losses(self.batch, one, self.reference).double() for one in output.chunk(count)]
+
+    def _earlier(self, varied: set[str]) -> dict[str, Tensor]:
+        """What those layers of the next block give that run before any that varies."""
+        if self._outputs is None:
+            self._outputs = self._outputs_of_block()
+        order = list(self._evaluator.layers)
+        first = min(map(order.index, varied), default=0)
+        return {name: output for name, output in self._outputs.items() if order.index(name) < first}
+
+    def _outputs_of_block(self) -> dict[str, Tensor]:
+        """Layer → its output, of the next block's layers that run once."""
+        evaluator, chain = self._evaluator, self._evaluator.chain
+        if chain is None or self._block >= len(chain):
+            return {}
+        found: dict[str, list[Tensor]] = {}
+
+        def keep(name: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+            found.setdefault(name, []).append(output)
+
+        hooks = [
+            layer.module.register_forward_hook(partial(keep, name))
+            for name, layer in evaluator.layers.items()
+            if layer.layer.block == chain.names[self._block]
+            and layer.layer.kind in ("linear", "conv")
+            and not layer.layer.aliases
+        ]
+        try:
+            with self._resumed(1):
+                chain.output_of(self._block, partial(evaluator.loaded, self.batch))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name: outputs[0] for name, outputs in found.items() if len(outputs) == 1}
 
     def _resumed(self, count: int) -> Any:
         chain = self._evaluator.chain
@@ -131,6 +169,19 @@ def stretches(units: Sequence[Unit], measurements: Sequence[int]) -> list[list[i
         found.setdefault(int((spent + cost / 2) / max(sum(costs), 1) * STRETCHES), []).extend(rows)
         spent += cost
     return list(found.values())
+
+
+@contextmanager
+def _returning(module: nn.Module, output: Tensor) -> Iterator[None]:
+    """Within, the module does no work: it gives copies of `output`, which what follows may change in place."""
+    own = vars(module).get("forward")
+    try:
+        module.forward = lambda *_args, **_kwargs: output.clone()
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 @contextmanager
