@@ -61,9 +61,9 @@ def main() -> None:
             f"{theirs['version']} (torch {theirs['torch']}): `auto_quantize` with method `gradient` on "
             f"{SAMPLES // asked.batch} batches of {asked.batch} for calibration and for scoring, next-token loss.",
             table([{key.replace("fisher", asked.metric): value for key, value in row.items()} for row in rows]),
-            "One run each. Formats that only round weights need no calibration data: whoever knows that asks ModelOpt for "
-            "one step instead of as many as for scoring, and compares with its scoring alone. The two compute different "
-            "scores: this is their time, and `make bench-proxies` how well each ranks.",
+            "One run each. Formats that only round weights need no calibration data: whoever knows that asks ModelOpt "
+            "for one step instead of as many as for scoring, and compares with its scoring alone. The two compute "
+            "different scores: this is their time, and `make bench-proxies` how well each ranks.",
         ],
     )
 
