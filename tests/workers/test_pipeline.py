@@ -376,3 +376,19 @@ def test_a_prediction_that_is_not_finite_names_the_metric_and_the_unit(digits: E
         check_finite(METRICS["kl"], table, space)
     assert refused.value.value == "kl"
     assert table.weight.index[2] in refused.value.detail
+
+
+def test_every_metric_serves_a_search(digits: Engine) -> None:
+    """All tables are stored and read back, all corrected by the baselines, and all propose and are judged."""
+    asked = [name for name in METRICS if name != "pqi_single"]
+    search = ask(digits, sensitivity=asked, optimizer={"points": 2, "evaluations": 12})
+    work(digits)
+    done = get_search(digits, search.id)
+    assert done.state == "succeeded"
+    assert done.summary is not None
+    assert set(done.summary["tables"]) == set(asked)
+    assert set(done.summary["agreement"]) == set(asked)
+    tables = get_results(digits, list(done.summary["tables"].values()))
+    for name, key in done.summary["tables"].items():
+        assert Table.from_json(tables[key]).values.shape == (len(done.summary["units"]), len(SCHEMES)), name
+    assert all(set(one.predicted) == set(asked) for one in candidates(digits, search.id))
