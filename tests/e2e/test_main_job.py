@@ -117,8 +117,9 @@ def test_a_worker_that_is_killed_loses_no_finished_measurement(engine: Engine, s
     done = get_search(engine, search.id)
     assert done.attempt == 2
     assert done.summary is not None
-    # The six blocks' tables and at least the two measurements were there already.
-    assert done.summary["reused"] >= 6 + 2
+    # The table and at least the two measurements were there already.
+    assert done.summary["metrics"]["kl"]["reused"]
+    assert done.summary["reused"] >= 2
     after = {one.number: one.loss for one in candidates(engine, search.id)}
     assert after.items() >= before.items()
 

@@ -33,18 +33,20 @@ def minilm() -> Evaluator:
 
 @pytest.fixture(
     scope="session",
-    params=["digits_vit", "digits_resnet", "grouped_net", "tiny_llama", "tiny_gpt2", "tiny_moe", "tiny_bert"],
+    params=["digits_vit", "digits_resnet", "tiny_llama", "tiny_gpt2", "tiny_moe", "tiny_bert"],
 )
 def any_evaluator(request: pytest.FixtureRequest, model_folder: Callable[[str], Path]) -> Evaluator:
     """One of every kind of model."""
-    if request.param == "grouped_net":
-        torch.manual_seed(0)
-        return evaluator_of(
-            GroupedNet(), {"pixel_values": torch.randn(4, 1, 7, 7), "labels": torch.randint(0, 5, (4,))}
-        )
     source = str(model_folder(request.param))
     if request.param.startswith("tiny"):
         return Evaluator.build(EvaluatorSpec(source, Calibration(samples=4, sequence_length=16)))
     images, labels = models.digits_arrays()
     batch = {"pixel_values": torch.from_numpy(images[-8:]), "labels": torch.from_numpy(labels[-8:])}
     return Evaluator(load_model(source, torch.device("cpu")), Data([batch, batch], [batch], "digits"))
+
+
+@pytest.fixture(scope="session")
+def grouped() -> Evaluator:
+    """A net with a grouped and a depthwise convolution."""
+    torch.manual_seed(0)
+    return evaluator_of(GroupedNet(), {"pixel_values": torch.randn(4, 1, 7, 7), "labels": torch.randint(0, 5, (4,))})

@@ -73,7 +73,15 @@ def test_on_a_real_encoder_a_metric_agrees_with_what_is_measured(
 
 @every_metric
 def test_every_metric_keeps_the_protocol_on_every_kind_of_model(metric: str, any_evaluator: Evaluator) -> None:
-    evaluator = any_evaluator
+    assert_protocol(metric, any_evaluator)
+
+
+@every_metric
+def test_every_metric_keeps_the_protocol_on_grouped_and_depthwise_convolutions(metric: str, grouped: Evaluator) -> None:
+    assert_protocol(metric, grouped)
+
+
+def assert_protocol(metric: str, evaluator: Evaluator) -> None:
     if metric in NEEDS_LABELS and not has_labels(evaluator.loaded.task, evaluator.batches("calibration")[0]):
         pytest.skip("refused before it starts: there are no labels")
     space = space_of(evaluator, "w2a16", "w8a16", ignore=())

@@ -177,7 +177,10 @@ def test_a_row_of_the_sketch_is_the_slope_of_the_score_along_a_units_rounding(
         found = np.array(table.details["sketch"]["weight"])[:, column, 0]
         ahead, behind = (moved(evaluator, unit, samples, step) for step in (0.5, -0.5))
         slopes = [float((c * (a - b)).double().sum()) for c, a, b in zip(cotangents, ahead, behind, strict=True)]
-        np.testing.assert_allclose(found, slopes, rtol=0.05, atol=0.02 * np.abs(slopes).max() + 1e-6)
+        close = np.isclose(found, slopes, rtol=0.05, atol=0.02 * np.abs(slopes).max() + 1e-6)
+        # A step may send a token to another expert, across which there is no slope.
+        routed = any(layer.layer.kind == "experts" for layer in evaluator.layers.values())
+        assert close.sum() >= len(close) - routed, (unit.name, found, slopes)
 
 
 @torch.no_grad()
