@@ -42,8 +42,12 @@ class Cost:
 def cost_tables(space: Space, inventory: Inventory) -> dict[Resource, Cost]:
     """`size_bytes` (whole model, what is not searched at 16 bits), `avg_bits` (stored bits per searched weight, scales
     and zero points counted) and `bitops` (MACs × weight bits × activation bits of one token or image)."""
-    bits = _table(space, lambda layer, scheme: scheme.storage_bits(layer.rows, layer.columns))
-    bitops = _table(space, lambda layer, scheme: layer.macs * scheme.weight_bits * scheme.activation_bits)
+    bits = np.where(space.allowed, stored_bits(space), np.inf)
+    bitops = np.where(
+        space.allowed,
+        _table(space, lambda layer, scheme: layer.macs * scheme.weight_bits * scheme.activation_bits),
+        np.inf,
+    )
     searched = sum(unit.weights for unit in space.units)
     unsearched_bytes = 2.0 * (inventory.parameters - searched)
     unsearched_bitops = float(sum(layer.macs * 16 * 16 for layer in space.ignored))
@@ -54,11 +58,15 @@ def cost_tables(space: Space, inventory: Inventory) -> dict[Resource, Cost]:
     }
 
 
+def stored_bits(space: Space) -> NDArray[np.float64]:
+    """Bits to store every unit at every scheme, whether it is allowed or not; units × schemes."""
+    return _table(space, lambda layer, scheme: scheme.storage_bits(layer.rows, layer.columns))
+
+
 def _table(space: Space, of_layer: Callable[[Layer, Scheme], int]) -> NDArray[np.float64]:
-    table = np.array(
+    return np.array(
         [
             [float(sum(of_layer(layer, scheme) for layer in unit.layers)) for scheme in space.schemes]
             for unit in space.units
         ]
     )
-    return np.where(space.allowed, table, np.inf)

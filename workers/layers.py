@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from search.inventory import Layer, LayerKind
+from workers.hooks import removing
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -59,12 +60,8 @@ def enumerate_layers(model: nn.Module, run_one_item: Callable[[], object]) -> li
             macs[name] = macs.get(name, 0) + _macs(found[name], inputs, output)
 
     hooks = [module.register_forward_hook(count) for module in by_module]
-    try:
-        with torch.no_grad():
-            run_one_item()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removing(hooks), torch.no_grad():
+        run_one_item()
 
     layers: dict[int, WeightedLayer] = {}
     for name, layer_macs in macs.items():

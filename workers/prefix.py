@@ -6,7 +6,7 @@ Exact, not approximate: when only block k and later ones change, everything befo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from workers.hooks import forward_replaced, removing
 
 
 class BlockChain:
@@ -33,30 +35,18 @@ class BlockChain:
     @contextmanager
     def resumed(self, index: int, before: Any) -> Iterator[None]:
         """Within, blocks before `index` do no work: each returns `before`, the output of block index − 1."""
-        skipped = [(block, vars(block).get("forward")) for block in self.blocks[:index]]
-        try:
-            for block, _ in skipped:
-                block.forward = lambda *_args, **_kwargs: before
+        with ExitStack() as stack:
+            for block in self.blocks[:index]:
+                stack.enter_context(forward_replaced(block, lambda *_args, **_kwargs: before))
             yield
-        finally:
-            for block, own in skipped:
-                del block.forward
-                if own is not None:
-                    block.forward = own
 
     @contextmanager
     def checkpointed(self) -> Iterator[None]:
         """Within, a backward pass computes each block's activations again instead of keeping them."""
-        inner = [(block, vars(block).get("forward"), block.forward) for block in self.blocks]
-        try:
-            for block, _, forward in inner:
-                block.forward = partial(checkpoint, forward, use_reentrant=False)
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(forward_replaced(block, partial(checkpoint, block.forward, use_reentrant=False)))
             yield
-        finally:
-            for block, own, _ in inner:
-                del block.forward
-                if own is not None:
-                    block.forward = own
 
     def output_of(self, index: int, run: Callable[[], object]) -> Any:
         """What block `index` gives during `run`; nothing after it is computed."""
@@ -98,12 +88,8 @@ def find_chain(model: nn.Module, run: Callable[[], Tensor]) -> BlockChain | None
 
     watched = {block for blocks in candidates.values() for block in blocks.values()}
     hooks = [block.register_forward_hook(record, with_kwargs=True) for block in watched]
-    try:
-        with torch.no_grad():
-            expected = run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removing(hooks), torch.no_grad():
+        expected = run()
 
     def size(name: str) -> int:
         return sum(parameter.numel() for block in candidates[name].values() for parameter in block.parameters())

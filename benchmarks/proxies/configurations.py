@@ -9,6 +9,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
+from search.cost import stored_bits
 from search.space import Space
 
 Choices = NDArray[np.int64]
@@ -22,17 +23,6 @@ NEAR = 0.005
 
 PER_BAND = 51
 BANDS_OF_ALL = 9
-
-
-def stored_bits(space: Space) -> NDArray[np.float64]:
-    """Units × schemes."""
-    return np.array(
-        [
-            [sum(scheme.storage_bits(layer.rows, layer.columns) for layer in unit.layers) for scheme in space.schemes]
-            for unit in space.units
-        ],
-        dtype=float,
-    )
 
 
 def sizes(space: Space, choices: Choices) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from workers.calibration import Batch
 from workers.evaluator import Evaluator
+from workers.hooks import removing
 
 LARGE = 2**28
 """Models with more bytes of parameters than this are differentiated one sample at a time, and their blocks'
@@ -46,8 +47,7 @@ def visiting(
             if layer.layer.kind != "experts":
                 for module in evaluator.modules(name):
                     stack.enter_context(_uses_visited(module, name, entered, left))
-        if evaluator.chain is not None and is_large(evaluator):
-            stack.enter_context(evaluator.chain.checkpointed())
+        stack.enter_context(recomputing(evaluator))
         yield
 
 
@@ -59,6 +59,11 @@ def micro_batches(evaluator: Evaluator, index: int, split: str = "calibration") 
     for start in range(0, count, size):
         chosen = slice(start, start + size)
         yield {key: value[chosen] for key, value in batch.items()}, chosen
+
+
+def recomputing(evaluator: Evaluator) -> AbstractContextManager[None]:
+    """Within, a backward pass through a large model computes its blocks' activations again."""
+    return evaluator.chain.checkpointed() if evaluator.chain is not None and is_large(evaluator) else nullcontext()
 
 
 def is_large(evaluator: Evaluator) -> bool:
@@ -101,11 +106,8 @@ def _uses_visited(module: nn.Module, name: str, entered: OnUse | None, left: OnU
         return _visited(output, inputs[0], partial(left, name))
 
     hooks = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
+    with removing(hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _visited(y: Tensor, x: Tensor, visit: Callable[[Tensor, Tensor], None]) -> Tensor:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from search.cost import stored_bits
 from search.scheme import Scheme
 from search.space import Space
 from search.stability import STABLE, changed_decisions
@@ -193,11 +194,7 @@ def _parts(batch_sizes: Sequence[int]) -> list[Item]:
 def _changed_decisions(space: Space, table: Table) -> float:
     values, errors = table.values.to_numpy(), table.stderr.to_numpy()
     relative = np.divide(errors, values, out=np.zeros_like(values), where=np.isfinite(values) & (values > 0))
-    bits = [
-        [sum(scheme.storage_bits(layer.rows, layer.columns) for layer in unit.layers) for scheme in space.schemes]
-        for unit in space.units
-    ]
-    return changed_decisions(values, relative.max(axis=1), np.array(bits, dtype=float))
+    return changed_decisions(values, relative.max(axis=1), stored_bits(space))
 
 
 def _layers_with_rounded_inputs(space: Space) -> list[str]:

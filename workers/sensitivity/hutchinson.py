@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from workers.calibration import Batch
 from workers.evaluator import Evaluator, token_dims
+from workers.hooks import removing
 from workers.quantizers.activation import round_activation
 from workers.sensitivity.backward import is_large
 from workers.tasks import Item, Result
@@ -138,11 +139,8 @@ def entering(evaluator: Evaluator, names: list[str], on_input: OnInput) -> Itera
     hooks = [
         module.register_forward_pre_hook(partial(enter, name)) for name in names for module in evaluator.modules(name)
     ]
-    try:
+    with removing(hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def run_with(evaluator: Evaluator, weights: dict[str, Tensor], batch: Batch) -> Tensor:

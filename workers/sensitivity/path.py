@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from search.scheme import Scheme
 from workers.evaluator import Evaluator, token_dims
+from workers.hooks import removing
 from workers.quantizers.activation import round_activation
-from workers.sensitivity.backward import is_large
+from workers.sensitivity.backward import recomputing
 
 OnWeight = Callable[[str, Tensor], None]
 """(layer, gradient at the point, shaped as the parameter), for each use of the weight."""
@@ -48,8 +49,7 @@ class Path:
             for name in self._layers:
                 for module in self._evaluator.modules(name):
                     stack.enter_context(self._moved(name, module, anchor, weight, activation))
-            if self._evaluator.chain is not None and is_large(self._evaluator):
-                stack.enter_context(self._evaluator.chain.checkpointed())
+            stack.enter_context(recomputing(self._evaluator))
             yield
 
     def _point(self, name: str) -> Tensor:
@@ -84,10 +84,9 @@ class Path:
             module.register_forward_hook(leave, always_call=True),
         ]
         try:
-            yield
+            with removing(hooks):
+                yield
         finally:
-            for hook in hooks:
-                hook.remove()
             leave()
 
 

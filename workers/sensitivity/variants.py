@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from search.space import Unit
 from workers.calibration import Batch
 from workers.evaluator import Evaluator
+from workers.hooks import forward_replaced, removing
 
 STACK = {"cuda": 8}
 """Variants that are run at once, by the kind of device; elsewhere one: on a processor a stack is no faster when a batch
@@ -91,7 +92,9 @@ class Walk:
         with ExitStack() as swaps:
             swaps.enter_context(self._resumed(count))
             for name, output in self._earlier({name for variant in variants for name in variant.layers}).items():
-                swaps.enter_context(_returning(self._evaluator.layers[name].module, _repeated(output, count)))
+                # Copies: what follows may change them in place.
+                given = partial(_copy, _repeated(output, count))
+                swaps.enter_context(forward_replaced(self._evaluator.layers[name].module, given))
             swaps.enter_context(_varied(self._evaluator, variants))
             output = self._evaluator.loaded(batch)
         return [self._evaluator.losses(self.batch, one, self.reference).double() for one in output.chunk(count)]
@@ -121,12 +124,8 @@ class Walk:
             and layer.layer.kind in ("linear", "conv")
             and not layer.layer.aliases
         ]
-        try:
-            with self._resumed(1):
-                chain.output_of(self._block, partial(evaluator.loaded, self.batch))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with removing(hooks), self._resumed(1):
+            chain.output_of(self._block, partial(evaluator.loaded, self.batch))
         return {name: outputs[0] for name, outputs in found.items() if len(outputs) == 1}
 
     def _resumed(self, count: int) -> Any:
@@ -172,36 +171,17 @@ def stretches(units: Sequence[Unit], measurements: Sequence[int]) -> list[list[i
 
 
 @contextmanager
-def _returning(module: nn.Module, output: Tensor) -> Iterator[None]:
-    """Within, the module does no work: it gives copies of `output`, which what follows may change in place."""
-    own = vars(module).get("forward")
-    try:
-        module.forward = lambda *_args, **_kwargs: output.clone()
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
-
-
-@contextmanager
 def _varied(evaluator: Evaluator, variants: Sequence[Variant]) -> Iterator[None]:
     """Within, the modules of the layers that vary give each variant its part of a stacked input."""
     names: dict[nn.Module, list[str]] = {}
     for name in dict.fromkeys(name for variant in variants for name in variant.layers):
         for module in evaluator.modules(name):
             names.setdefault(module, []).append(name)
-    own = {module: vars(module).get("forward") for module in names}
     stack = _Stack(evaluator, variants)
-    try:
+    with ExitStack() as swaps:
         for module in names:
-            module.forward = partial(stack.run, module, names[module], module.forward)
+            swaps.enter_context(forward_replaced(module, partial(stack.run, module, names[module], module.forward)))
         yield
-    finally:
-        for module, forward in own.items():
-            vars(module).pop("forward", None)
-            if forward is not None:
-                module.forward = forward
 
 
 class _Stack:
@@ -276,6 +256,10 @@ def _repeated(value: Any, count: int) -> Any:
     if isinstance(value, dict):
         return {key: _repeated(one, count) for key, one in value.items()}
     return type(value)(_repeated(one, count) for one in value) if isinstance(value, (tuple, list)) else value
+
+
+def _copy(output: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    return output.clone()
 
 
 def _first(output: Any) -> Tensor:

@@ -539,7 +539,7 @@ def test_a_large_models_blocks_are_computed_again_with_the_same_result(
 ) -> None:
     assert any_evaluator.chain is not None
     kept = run(any_evaluator)
-    monkeypatch.setattr("workers.sensitivity.lrp.relevance.is_large", lambda _: True)
+    monkeypatch.setattr("workers.sensitivity.backward.is_large", lambda _: True)
     monkeypatch.setattr(torch.autograd, "backward", in_another_thread(torch.autograd.backward))
     again = run(any_evaluator)
     assert again.layers == pytest.approx(kept.layers, rel=1e-5)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workers.hooks import forward_replaced, removing
 from workers.layers import CONVOLUTIONS
 from workers.sensitivity.lrp.operations import Convolution, Operations
 from workers.sensitivity.lrp.rules import Function, proportional, secant
@@ -30,10 +31,10 @@ def ruled_by(operations: Operations, model: nn.Module, parts: Iterable[nn.Module
         for module in model.modules():
             rule = _rule(module)
             if rule is not None:
-                stack.enter_context(_forward(module, partial(_of_one_input, rule)))
+                stack.enter_context(forward_replaced(module, partial(_of_one_input, rule, module.forward)))
             stack.enter_context(_announced(module, operations.running))
         for module in (model, *parts):
-            stack.enter_context(_forward(module, operations.around))
+            stack.enter_context(forward_replaced(module, partial(operations.around, module.forward)))
         yield
 
 
@@ -61,12 +62,8 @@ def convolutions(model: nn.Module, run: Callable[[], object]) -> dict[nn.Module,
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
     ]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removing(hooks), torch.no_grad():
+        run()
     ordered = list(dict.fromkeys(modules))
     return {module: Convolution(place < len(ordered) // 2, norms.get(module)) for place, module in enumerate(ordered)}
 
@@ -88,19 +85,6 @@ def _rule(module: nn.Module) -> Callable[[Function, Tensor], Tensor] | None:
 
 
 @contextmanager
-def _forward(module: nn.Module, around: Callable[..., Any]) -> Iterator[None]:
-    """Within, calling `module` is around(its own forward, *inputs)."""
-    own, forward = vars(module).get("forward"), module.forward
-    try:
-        module.forward = lambda *args, **kwargs: around(forward, *args, **kwargs)
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
-
-
-@contextmanager
 def _announced(module: nn.Module, running: list[nn.Module]) -> Iterator[None]:
     """Within, `module` is the last of `running` while it runs."""
 
@@ -114,8 +98,5 @@ def _announced(module: nn.Module, running: list[nn.Module]) -> Iterator[None]:
         module.register_forward_pre_hook(enter),
         module.register_forward_hook(leave, always_call=True),
     ]
-    try:
+    with removing(hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -17,7 +17,7 @@ from workers.calibration import Batch
 from workers.evaluator import Evaluator
 from workers.layers import CONVOLUTIONS
 from workers.loss import masked_mean
-from workers.sensitivity.backward import is_large
+from workers.sensitivity.backward import recomputing
 from workers.sensitivity.lrp.operations import Convolution, Operations, Rules
 from workers.sensitivity.lrp.propagation import convolutions, ruled_by
 from workers.sensitivity.lrp.rules import observed
@@ -70,8 +70,7 @@ def propagate(
             for module in evaluator.modules(name):
                 stack.enter_context(_observed(_last(module, treated), partial(found.left, name)))
         stack.enter_context(ruled_by(operations, evaluator.loaded.model, chain.blocks if chain else ()))
-        if chain is not None and is_large(evaluator):
-            stack.enter_context(chain.checkpointed())
+        stack.enter_context(recomputing(evaluator))
         if "pixel_values" in batch:
             pixels = batch["pixel_values"].detach().clone().requires_grad_()
             batch = batch | {"pixel_values": observed(pixels, found.entered)}
