@@ -85,6 +85,11 @@ def load_data(calibration: Calibration, loaded: LoadedModel) -> Data:
     return Data(splits[0], splits[1], _digest(splits))
 
 
+def sample_count(batch: Batch) -> int:
+    """How many samples a batch has."""
+    return len(next(iter(batch.values())))
+
+
 def one_item(loaded: LoadedModel) -> Batch:
     """A smallest input: one token, or one image of zeros in the size that the model's configuration states."""
     device = loaded.device

@@ -14,6 +14,7 @@ import torch
 from search import allocation
 from search.metrics import Metric
 from search.space import Space
+from workers.calibration import sample_count
 from workers.evaluator import Evaluator
 from workers.loss import has_labels
 
@@ -72,7 +73,7 @@ def _describe(evaluator: Evaluator, _item: Item) -> Result:
     return {
         "inventory": evaluator.inventory.to_json(),
         "data_digest": evaluator.data.digest,
-        "batch_sizes": [len(next(iter(batch.values()))) for batch in batches],
+        "batch_sizes": list(map(sample_count, batches)),
         "labelled": has_labels(evaluator.loaded.task, batches[0]),
         "full_precision": evaluator.measure({}),
         "forward_seconds": _seconds(evaluator) * len(batches),

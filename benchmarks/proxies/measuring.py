@@ -23,6 +23,7 @@ from search.allocation import layer_schemes
 from search.metrics import METRICS
 from search.space import Space
 from workers import sensitivity
+from workers.calibration import sample_count
 from workers.evaluator import Evaluator
 from workers.loss import has_labels
 from workers.sensitivity import FILLS, Subject, Table
@@ -164,7 +165,7 @@ def _fill(name: str, evaluator: Evaluator, space: Space) -> Table:
     def compute(task: Task, items: Sequence[Item]) -> list[Result]:
         return [task.run(evaluator, item) for item in items]
 
-    sizes = tuple(len(next(iter(batch.values()))) for batch in evaluator.batches("calibration"))
+    sizes = tuple(map(sample_count, evaluator.batches("calibration")))
     return FILLS[name](compute, Subject(space, sizes, frozenset({name})))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from search.scheme import FULL_PRECISION, Scheme
+from workers.calibration import sample_count
 from workers.evaluator import Evaluator
 from workers.loss import has_labels
 from workers.sensitivity.backward import micro_batches
@@ -73,7 +74,7 @@ def _scores(evaluator: Evaluator, item: Item) -> Result:
         for batch, _ in micro_batches(evaluator, item["batch"]):
             for batches in scores.values():
                 batches.append([0.0, 0.0])
-            backward(evaluator, batch, generator, of=len(next(iter(batch.values()))))
+            backward(evaluator, batch, generator, of=sample_count(batch))
     labelled = has_labels(evaluator.loaded.task, evaluator.batches("calibration")[item["batch"]])
     return {"labelled": labelled, "scores": scores}
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.calibration import Batch
+from workers.calibration import Batch, sample_count
 from workers.evaluator import Evaluator
 from workers.hooks import removing
 
@@ -51,14 +51,32 @@ def visiting(
         yield
 
 
-def micro_batches(evaluator: Evaluator, index: int, split: str = "calibration") -> Iterator[tuple[Batch, slice]]:
-    """What is differentiated at once of batch `index`, and where it stands in it: the batch, or each sample of it."""
-    batch = evaluator.batches(split)[index]
-    count = len(next(iter(batch.values())))
-    size = 1 if is_large(evaluator) else count
-    for start in range(0, count, size):
-        chosen = slice(start, start + size)
+def micro_batches(
+    evaluator: Evaluator, index: int, start: int = 0, stop: int | None = None, at_once: int | None = None
+) -> Iterator[tuple[Batch, slice]]:
+    """Samples `start` to `stop` of calibration batch `index`, at most `at_once` together, and where they stand in it;
+    one by one where the model is large."""
+    batch = evaluator.batches("calibration")[index]
+    count = sample_count(batch)
+    size = 1 if is_large(evaluator) else at_once or count
+    stop = min(count if stop is None else stop, count)
+    for low in range(start, stop, size):
+        chosen = slice(low, min(low + size, stop))
         yield {key: value[chosen] for key, value in batch.items()}, chosen
+
+
+def micro_batches_of_split(
+    evaluator: Evaluator, start: int, stop: int, at_once: int | None = None
+) -> Iterator[tuple[Batch, int, slice]]:
+    """Samples `start` to `stop` of all calibration samples, cut as `micro_batches` does, with their batch's index and
+    where they stand in it."""
+    first = 0
+    for index, batch in enumerate(evaluator.batches("calibration")):
+        count = sample_count(batch)
+        low, high = max(start - first, 0), max(min(stop - first, count), 0)
+        for part, chosen in micro_batches(evaluator, index, low, high, at_once):
+            yield part, index, chosen
+        first += count
 
 
 def recomputing(evaluator: Evaluator) -> AbstractContextManager[None]:

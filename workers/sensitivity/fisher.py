@@ -15,8 +15,8 @@ import numpy as np
 from search.scheme import Scheme
 from search.space import Unit
 from workers.sensitivity.rounding import weight_only
-from workers.sensitivity.sampled import independent, joined, sampled, sum_of, variance_of_mean
-from workers.sensitivity.table import Entry, Subject, Table, metric
+from workers.sensitivity.sampled import independent, joined, sampled, sum_of
+from workers.sensitivity.table import Entry, Subject, Table, metric, variance_of_mean
 from workers.tasks import Compute
 
 
@@ -49,7 +49,7 @@ def fisher(compute: Compute, subject: Subject) -> Table:
         return Entry(
             float(np.average(weight, weights=sizes)),
             float(np.average(activation, weights=sizes)),
-            variance_of_mean(weight + activation, sizes),
+            float(variance_of_mean(weight + activation, sizes)),
         )
 
     return Table.of(subject.space, entry, {"micro_batches": len(sizes)}, independent(subject.space, results))

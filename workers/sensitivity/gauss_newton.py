@@ -20,8 +20,8 @@ import pandas as pd
 from search.scheme import Scheme
 from search.space import Space, Unit
 from workers.sensitivity.rounding import weight_only
-from workers.sensitivity.sampled import Array, independent, joined, sampled, sum_of, variance_of_mean
-from workers.sensitivity.table import Entry, Subject, Table, metric
+from workers.sensitivity.sampled import Array, independent, joined, sampled, sum_of
+from workers.sensitivity.table import Entry, Subject, Table, metric, variance_of_mean
 from workers.tasks import Compute
 
 
@@ -47,7 +47,7 @@ def gauss_newton(compute: Compute, subject: Subject) -> Table:
 
     def entry(unit: Unit, scheme: Scheme) -> Entry:
         of_weight, of_activation = (part(unit, scheme) ** 2 / 2 for part in (weight, activation))
-        variance = variance_of_mean(of_weight + of_activation, rows + 1)
+        variance = float(variance_of_mean(of_weight + of_activation, rows + 1))
         return Entry(float(of_weight.mean()), float(of_activation.mean()), variance)
 
     sketch = {"weight": _sketch(space, weight), "activation": _sketch(space, activation) if inputs else None}
@@ -62,7 +62,7 @@ def joint(table: Table, allocation: Mapping[str, str]) -> tuple[float, float]:
     Raises ValueError for an unknown unit or scheme, and for a scheme that a unit may not take.
     """
     losses = _rows(table, allocation).sum(axis=1) ** 2 / 2
-    return float(losses.mean()), variance_of_mean(losses, np.ones(len(losses))) ** 0.5
+    return float(losses.mean()), float(variance_of_mean(losses, np.ones(len(losses)))) ** 0.5
 
 
 def interactions(table: Table, allocation: Mapping[str, str]) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from search.scheme import FULL_PRECISION, Scheme
 from search.space import Space
-from workers.calibration import Batch
+from workers.calibration import Batch, sample_count
 from workers.evaluator import Evaluator, token_dims
 from workers.loss import has_labels, labelled_loss, score
 from workers.quantizers.activation import round_activation
@@ -89,7 +89,7 @@ def backward(evaluator: Evaluator, batch: Batch, generator: torch.Generator, of:
 def _scores(evaluator: Evaluator, item: Item) -> Result:
     evaluator.apply({})
     batch = evaluator.batches("calibration")[item["batch"]]
-    found = _Scores(evaluator, item["layers"], len(next(iter(batch.values()))))
+    found = _Scores(evaluator, item["layers"], sample_count(batch))
     generator = torch.Generator(evaluator.loaded.device).manual_seed(item["seed"] * 100_003 + item["batch"])
     experts = [name for name in item["layers"] if evaluator.layers[name].layer.kind == "experts"]
     others = [name for name in item["layers"] if name not in experts]

@@ -32,7 +32,7 @@ from workers.loss import curvature
 from workers.sensitivity.backward import visiting
 from workers.sensitivity.hutchinson import Piece, Place, entering, plain_operations, probed, run_with
 from workers.sensitivity.rounding import rounding_errors, weight_only
-from workers.sensitivity.table import Entry, Subject, Table, metric, sum_of_layers
+from workers.sensitivity.table import Entry, Subject, Table, metric, sum_of_layers, variance_of_mean
 from workers.tasks import Compute, Item, Result, Task
 
 PARTS = 4
@@ -129,7 +129,7 @@ class Estimate(NamedTuple):
         parts, probes, _ = values.shape
         by_part = values.mean(axis=1)
         mean = weights @ by_part
-        between = _variance_of_mean(by_part, weights) if parts > 1 else None
+        between = variance_of_mean(by_part, weights) if parts > 1 else None
         if probes == 1:
             # Nothing tells samples from probes: other probes change no more than all there is.
             within = np.zeros_like(mean) if between is None else between
@@ -165,12 +165,6 @@ class Estimate(NamedTuple):
                 f"{negative} of {len(names)} layers have a negative average trace, which counts as its standard error"
             )
         return tuple(notes)
-
-
-def _variance_of_mean(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of the weighted mean of independent rows."""
-    spread = (weights**2) @ (values - weights @ values) ** 2
-    return np.asarray(spread * len(values) / (len(values) - 1))
 
 
 def _estimates(found: list[list[Result]], samples: list[int]) -> dict[str, Estimate]:

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from workers.calibration import Batch
+from workers.calibration import Batch, sample_count
 from workers.evaluator import Evaluator, token_dims
 from workers.hooks import removing
 from workers.quantizers.activation import round_activation
-from workers.sensitivity.backward import is_large
+from workers.sensitivity.backward import micro_batches
 from workers.tasks import Item, Result
 
 Place = tuple[str, int | None]
@@ -44,7 +44,7 @@ class Piece:
         self.evaluator = evaluator
         self.item = item
         self.batch = batch
-        self.samples = len(next(iter(batch.values())))
+        self.samples = sample_count(batch)
         self.seed = 0
         self._origin = (item["batch"], start)
         self._signs: dict[tuple[int, Place], Tensor] = {}
@@ -112,16 +112,12 @@ def probed(evaluator: Evaluator, item: Item, probe: Callable[[Piece], None]) -> 
     input belong to the same samples. Large models are probed one sample at a time, each with signs of its own.
     """
     evaluator.apply({})
-    batch = evaluator.batches("calibration")[item["batch"]]
-    stop = min(item["start"] + item["samples"], len(next(iter(batch.values()))))
-    size = 1 if is_large(evaluator) else item["samples"]
     totals: dict[str, Any] = {}
-    for start in range(item["start"], stop, size):
-        chosen = slice(start, min(start + size, stop))
-        piece = Piece(evaluator, item, start, {key: value[chosen] for key, value in batch.items()})
+    for batch, chosen in micro_batches(evaluator, item["batch"], item["start"], item["start"] + item["samples"]):
+        piece = Piece(evaluator, item, chosen.start, batch)
         probe(piece)
         for part, values in piece.result().items():
-            totals[part] = totals.get(part, 0) + values * piece.samples / (stop - item["start"])
+            totals[part] = totals.get(part, 0) + values * piece.samples / item["samples"]
     evaluator.apply({})
     return {part: values.tolist() for part, values in totals.items()}
 

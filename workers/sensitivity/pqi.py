@@ -32,7 +32,7 @@ from search.space import Space, Unit
 from workers.calibration import Batch
 from workers.evaluator import Evaluator, token_dims
 from workers.loss import gradient
-from workers.sensitivity.backward import is_large
+from workers.sensitivity.backward import micro_batches_of_split
 from workers.sensitivity.path import Path
 from workers.sensitivity.table import Entry, Subject, Table, metric
 from workers.tasks import Compute, Item, Result, Task
@@ -413,18 +413,9 @@ class _Divergence(torch.autograd.Function):
 
 
 def _parts(evaluator: Evaluator, start: int, stop: int) -> Iterator[tuple[Batch, Tensor]]:
-    """Samples `start` to `stop` of the calibration split with their full-precision output, batch by batch; one by one
-    where the model is large."""
-    first = 0
-    for index, batch in enumerate(evaluator.batches("calibration")):
-        count = len(next(iter(batch.values())))
-        low, high = max(start - first, 0), min(stop - first, count)
-        step = 1 if is_large(evaluator) else max(high - low, 1)
-        for at in range(low, high, step):
-            chosen = slice(at, at + step)
-            part = {key: value[chosen] for key, value in batch.items()}
-            yield part, evaluator.reference("calibration", index)[chosen].clone()
-        first += count
+    """Samples `start` to `stop` of the calibration split with their full-precision output."""
+    for batch, index, chosen in micro_batches_of_split(evaluator, start, stop):
+        yield batch, evaluator.reference("calibration", index)[chosen].clone()
 
 
 def _entered(evaluator: Evaluator, layers: list[str], batch: Batch) -> AbstractContextManager[None]:

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from search.scheme import Scheme
 from search.space import Space, Unit
-from workers.calibration import Batch
+from workers.calibration import Batch, sample_count
 from workers.evaluator import Evaluator, token_dims
 from workers.loss import score
 from workers.quantizers.activation import round_activation
-from workers.sensitivity.backward import LARGE, is_large, visiting
+from workers.sensitivity.backward import LARGE, micro_batches_of_split, visiting
 from workers.sensitivity.rounding import weight_only
 from workers.sensitivity.table import Subject
 from workers.tasks import Compute, Item, Result, Task
@@ -93,15 +93,6 @@ def sum_of(unit: Unit, found: dict[str, dict[str, Array]], key: str) -> Array | 
     return sum((found[layer.name][key] for layer in unit.layers if key in found.get(layer.name, {})), start=0.0)
 
 
-def variance_of_mean(values: Array, sizes: Array) -> float:
-    """Of the mean, weighted by `sizes`, of independent estimates; 0 for a single one, of which nothing is known."""
-    count, shares = len(values), sizes / sizes.sum()
-    if count < 2:
-        return 0.0
-    deviations = shares * (values - shares @ values)
-    return float(count / (count - 1) * deviations @ deviations)
-
-
 def _weights(space: Space) -> dict[str, list[str]]:
     """The ways to round each layer's weight; layers that are only ever kept are left out."""
     return {
@@ -133,8 +124,8 @@ def _distinct(names: Iterable[str]) -> list[str]:
 def _sampled(evaluator: Evaluator, item: Item) -> Result:
     """Go backwards from a score of each micro-batch of a shard, and hand the gradients to what was asked for."""
     evaluator.apply({})
-    batches = list(_micro_batches(evaluator, item))
-    sizes = [len(next(iter(batch.values()))) for _, batch in batches]
+    batches = list(micro_batches_of_split(evaluator, item["start"], item["stop"], item["at_once"]))
+    sizes = [sample_count(batch) for batch, _, _ in batches]
     scale = HALF_SCALE if next(evaluator.loaded.model.parameters()).dtype == torch.float16 else 1.0
     scores = {name: SCORES[name](evaluator, item, sizes) for name in item["scores"]}
     squares: Found = {name: {"norm": [0.0] * len(batches)} for name in item["weights"]}
@@ -151,10 +142,10 @@ def _sampled(evaluator: Evaluator, item: Item) -> Result:
             for each in scores.values():
                 each.input(at, name, f"a{bits}", products)
 
-    for at, (first, batch) in enumerate(batches):
+    for at, (batch, _, _) in enumerate(batches):
         inputs = partial(entered, at) if item["inputs"] else None
         with visiting(evaluator, item["weights"], weight=partial(weight, at), entered=inputs):
-            _go_backwards(evaluator, batch, item["seed"] * 1_000_003 + first, scale)
+            _go_backwards(evaluator, batch, item["seed"] * 1_000_003 + item["start"] + sum(sizes[:at]), scale)
     found = {name: each.result() for name, each in scores.items()}
     evaluator.apply({})
     return {"sizes": sizes, "squares": squares} | found
@@ -167,19 +158,6 @@ def _go_backwards(evaluator: Evaluator, batch: Batch, seed: int, scale: float) -
     if output.requires_grad:
         c = score(evaluator.loaded.task, output.detach(), batch.get("attention_mask"), generator)
         torch.autograd.backward(output, c.mul_(scale).to(output))
-
-
-def _micro_batches(evaluator: Evaluator, item: Item) -> Iterable[tuple[int, Batch]]:
-    """The item's samples, at most `at_once` of a batch together, with the first one's place in the split."""
-    at_once = 1 if is_large(evaluator) else item["at_once"]
-    before = 0
-    for batch in evaluator.batches("calibration"):
-        count = len(next(iter(batch.values())))
-        stop = min(item["stop"] - before, count)
-        for low in range(max(item["start"] - before, 0), stop, at_once):
-            chosen = slice(low, min(low + at_once, stop))
-            yield before + low, {key: value[chosen] for key, value in batch.items()}
-        before += count
 
 
 class _Score(Protocol):

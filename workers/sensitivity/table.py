@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from search.scheme import Scheme
 from search.space import Space, Unit
 from workers.tasks import Compute
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,13 @@ class Table:
             for part in ("weight", "activation", "stderr")
         )
         return cls(weight, activation, stderr, document["details"], tuple(document["notes"]))
+
+
+def variance_of_mean(estimates: Array, weights: Array) -> Array:
+    """Of the weighted mean of independent estimates (rows); 0 for a single one, of which nothing is known."""
+    count, shares = len(estimates), weights / weights.sum()
+    deviations = estimates - shares @ estimates
+    return np.asarray(shares**2 @ deviations**2 * count / max(count - 1, 1))
 
 
 def sum_of_layers(entry: Callable[[str, Scheme], Entry]) -> Callable[[Unit, Scheme], Entry]:

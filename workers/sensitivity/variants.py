@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from search.space import Unit
-from workers.calibration import Batch
+from workers.calibration import Batch, sample_count
 from workers.evaluator import Evaluator
 from workers.hooks import forward_replaced, removing
 
@@ -132,7 +132,7 @@ class Walk:
         chain = self._evaluator.chain
         if chain is None or not self._block:
             return nullcontext()
-        if count > 1 and len(_first(self._before)) != len(next(iter(self.batch.values()))):
+        if count > 1 and len(_first(self._before)) != sample_count(self.batch):
             raise _Mixed
         return chain.resumed(self._block, _repeated(self._before, count))
 

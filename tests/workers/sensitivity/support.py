@@ -11,6 +11,7 @@ from torch import nn
 from search.request import SpaceRequest
 from search.space import Space, build_space
 from search.targets import find_target
+from workers.calibration import sample_count
 from workers.evaluator import Evaluator
 from workers.sensitivity import FILLS, Subject, Table
 from workers.tasks import Compute, Item, Result, Task
@@ -29,7 +30,7 @@ def fill(metric: str, evaluator: Evaluator, space: Space, *also: str) -> Table:
 
 
 def subject(evaluator: Evaluator, space: Space, *metrics: str) -> Subject:
-    sizes = tuple(len(next(iter(batch.values()))) for batch in evaluator.batches("calibration"))
+    sizes = tuple(map(sample_count, evaluator.batches("calibration")))
     return Subject(space, sizes, frozenset(metrics))
 
 

@@ -16,7 +16,7 @@ from search.scheme import Scheme
 from search.space import Unit
 from tests.workers.sensitivity.support import fill, space_of
 from tests.workers.sensitivity.test_fisher import classifier, expected, gauss_newton_matrix
-from workers.calibration import Batch
+from workers.calibration import Batch, sample_count
 from workers.evaluator import Evaluator, EvaluatorSpec
 from workers.sensitivity import Table, sampled
 from workers.sensitivity.gauss_newton import interactions, joint
@@ -171,7 +171,7 @@ def test_a_row_of_the_sketch_is_the_slope_of_the_score_along_a_units_rounding(
     samples = [
         {key: value[at : at + 1] for key, value in batch.items()}
         for batch in evaluator.batches("calibration")
-        for at in range(len(next(iter(batch.values()))))
+        for at in range(sample_count(batch))
     ]
     for column, unit in enumerate(space.units):
         found = np.array(table.details["sketch"]["weight"])[:, column, 0]

@@ -27,7 +27,7 @@ from transformers.activations import ACT2FN
 from search.request import Calibration
 from tests import models
 from tests.workers.sensitivity.support import fill, space_of
-from workers.calibration import Batch, Data
+from workers.calibration import Batch, Data, sample_count
 from workers.evaluator import Evaluator, EvaluatorSpec
 from workers.models import LoadedModel
 from workers.quantizers.activation import round_activation
@@ -419,7 +419,7 @@ positions that are parameters, and to the softmax; the tests below say how much 
 
 
 def share_entering(evaluator: Evaluator, rules: Rules = RULES) -> list[float]:
-    samples = range(len(next(iter(evaluator.batches("calibration")[0].values()))))
+    samples = range(sample_count(evaluator.batches("calibration")[0]))
     return [found.entering / found.answer for found in (run(evaluator, rules, sample) for sample in samples)]
 
 

@@ -20,7 +20,7 @@ from search.scheme import Scheme
 from search.space import Space
 from tests import models
 from tests.workers.sensitivity.support import compute_on, fill, space_of, subject
-from workers.calibration import Data
+from workers.calibration import Data, sample_count
 from workers.evaluator import Evaluator
 from workers.loss import divergence, gradient
 from workers.models import LoadedModel
@@ -412,7 +412,7 @@ print(json.dumps({
 
 
 def item_of(evaluator: Evaluator, layers: list[str], scheme: str, n: int, rule: str = "gauss_legendre") -> Item:
-    samples = sum(len(next(iter(batch.values()))) for batch in evaluator.batches("calibration"))
+    samples = sum(map(sample_count, evaluator.batches("calibration")))
     return {"layers": layers, "scheme": scheme, "rule": rule, "nodes": n, "samples": [[0, samples]]}
 
 
