@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import cache
 
 import numpy as np
 
@@ -24,70 +23,59 @@ EXACT = "gauss_radau", 16
 
 def main() -> None:
     """Measure both models and write the tables."""
-    minilm = evaluator(str(demo_model.folder()), samples=8, sequence_length=64)
-    smollm2 = str(cache_folder() / SMOLLM2.filename)
-    settling = [scan(minilm, bits, "MiniLM") for bits in BITS]
-    sums = [completeness(minilm, bits, "MiniLM, 8 × 64 tokens") for bits in BITS]
+    minilm = evaluator(str(demo_model.folder()), samples=4, sequence_length=64)
+    settling = [row for bits in BITS for row in scan(minilm, bits)]
     del minilm
-    one = evaluator(smollm2, samples=2, sequence_length=128)
-    settling += [scan(one, bits, "SmolLM2-135M", samples=1, nodes=NODES[:-1]) for bits in (2, 3)]
-    del one
-    four = evaluator(smollm2, samples=4, sequence_length=256)
-    sums += [completeness(four, bits, "SmolLM2-135M, 4 × 256 tokens") for bits in BITS]
+    smollm2 = evaluator(str(cache_folder() / SMOLLM2.filename), samples=2, sequence_length=256)
+    sums = [completeness(smollm2, bits, rule) for bits in BITS for rule in ("midpoint", "gauss_legendre")]
     write(
         "pqi",
         "Post-quantization integrals: completeness and error against N",
         "make bench-pqi",
         [
-            "Symmetric `rtn`, groups of 64, weights only, every layer that is not the head, tokens of the Python "
-            "reference. On the joint path of a scheme the layers' shares are to add up to the measured divergence.",
-            "Gauss–Legendre with N = 4:",
+            "Symmetric `rtn`, groups of 64, weights only, every layer but a head, tokens of the Python reference. On "
+            "the joint path of a scheme the layers' shares are to add up to the measured divergence.",
+            "SmolLM2-135M, 2 × 256 tokens, N = 4:",
             table(sums),
-            "Error of the shares, Σ|share − exact| ÷ Σ|exact| over layers, in percent (in brackets that of their sum "
-            f"against the measured change), exact being Gauss–Radau with N = {EXACT[1]}. MiniLM on 8 × 64 tokens, "
-            "SmolLM2 on 1 × 128:",
-            table([row for rows in settling for row in rows]),
+            "MiniLM, 4 × 64 tokens: error of the shares, Σ|share − exact| ÷ Σ|exact| over layers, in percent (in "
+            "brackets that of their sum against the measured change), exact being Gauss–Radau with N = 16:",
+            table(settling),
         ],
     )
 
 
 def evaluator(source: str, **calibration: int) -> Evaluator:
     """A model with tokens of the Python reference."""
-    return Evaluator.build(EvaluatorSpec(source, Calibration(**calibration)))  # type: ignore[arg-type]
+    return Evaluator.build(EvaluatorSpec(source, Calibration(**calibration)))
 
 
-def completeness(model: Evaluator, bits: int, name: str) -> dict[str, object]:
-    """The sum of the shares with the default rule against what is measured."""
+def completeness(model: Evaluator, bits: int, rule: str) -> dict[str, object]:
+    """The sum of the shares against what is measured."""
     began = time.monotonic()
-    found = PATH.run(model, item(model, bits, "gauss_legendre", 4))
+    found = PATH.run(model, item(model, bits, rule, 4))
     measured, added = float(np.mean(found["losses"])), float(shares(found).sum())
-    return {
-        "model": name,
+    row: dict[str, object] = {
         "bits": bits,
+        "rule": rule.replace("_", "–"),
         "measured": measured,
         "Σ shares": added,
         "gap, %": 100 * (added / measured - 1),
-        "negative shares": int((shares(found) < 0).sum()),
-        "layers": len(shares(found)),
+        "negative shares": f"{(shares(found) < 0).sum()} of {len(shares(found))}",
         "seconds": time.monotonic() - began,
     }
+    print(row, flush=True)
+    return row
 
 
-def scan(
-    model: Evaluator, bits: int, name: str, samples: int | None = None, nodes: tuple[int, ...] = NODES
-) -> list[dict[str, object]]:
+def scan(model: Evaluator, bits: int) -> list[dict[str, object]]:
     """The error of each rule with each N."""
-
-    @cache
-    def walk(rule: str, n: int) -> Result:
-        return PATH.run(model, item(model, bits, rule, n, samples))
-
-    exact = shares(walk(*EXACT))
+    walks = {(rule, n): PATH.run(model, item(model, bits, rule, n)) for rule in RULES for n in NODES}
+    exact = shares(walks[EXACT])
     rows: list[dict[str, object]] = []
     for rule in RULES:
-        row: dict[str, object] = {"model": name, "bits": bits, "rule": rule.replace("_", "–")}
-        for n in nodes:
-            found = walk(rule, n)
+        row: dict[str, object] = {"bits": bits, "rule": rule.replace("_", "–")}
+        for n in NODES:
+            found = walks[rule, n]
             error = np.abs(shares(found) - exact).sum() / np.abs(exact).sum()
             gap = shares(found).sum() / np.mean(found["losses"]) - 1
             row[f"N = {n}"] = f"{100 * error:.2g} ({100 * gap:+.2g})"
@@ -96,16 +84,16 @@ def scan(
     return rows
 
 
-def item(model: Evaluator, bits: int, rule: str, nodes: int, samples: int | None = None) -> Item:
-    """The joint path of all layers, with all samples or the first ones as one piece."""
+def item(model: Evaluator, bits: int, rule: str, nodes: int) -> Item:
+    """The joint path of all layers, with all samples as one piece."""
     space = build_space(model.inventory, SpaceRequest(schemes=(f"w{bits}a16g64",)), find_target("generic"))
-    count = samples or sum(len(batch["input_ids"]) for batch in model.batches("calibration"))
+    samples = sum(len(batch["input_ids"]) for batch in model.batches("calibration"))
     return {
         "layers": [layer.name for layer in space.layers],
         "scheme": str(space.schemes[0]),
         "rule": rule,
         "nodes": nodes,
-        "samples": [[0, count]],
+        "samples": [[0, samples]],
     }
 
 

@@ -1,45 +1,26 @@
-"""Integer program: the least predicted loss under any number of budgets, by PuLP and HiGHS.
+"""Integer program: the least predicted loss under any number of budgets; a single one is a knapsack.
 
     min Σ_us loss_us·x_us   such that   Σ_s x_us = 1 for every unit u,   constant + Σ_us cost_us·x_us ≤ limit per budget
 
-as HAWQ-V3 (Yao et al., 2011.10680, §3.4) allocates bits.
+by PuLP and HiGHS, as HAWQ-V3 (Yao et al., 2011.10680, §3.4) allocates bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pulp
 from numpy.typing import NDArray
 
+from search import knapsack
 from search.budget import BUDGETS, TOLERANCE, Bound
 from search.cost import Cost, Resource
 from search.errors import InfeasibleBudget
-
-Status = Literal["optimal", "feasible", "infeasible", "unsolved"]
+from search.knapsack import GAP, Solution, Status
 
 OBJECTIVE_SCALE = 1000.0
 """The relaxation's objective is scaled to this: solvers stop at absolute tolerances, and losses may be far below 1."""
-
-GAP = 1e-6
-"""Relative gap to the relaxation's bound below which a solution counts as optimal."""
-
-
-@dataclass(frozen=True, slots=True)
-class Solution:
-    """`choice` (scheme index per unit; None when there is none), its predicted loss, and the proved lower `bound`.
-
-    `status` is "optimal" only when proved; "feasible" when the time limit came first; "unsolved" when the limit came
-    before any allocation was found, which says nothing about feasibility.
-    """
-
-    status: Status
-    choice: NDArray[np.int64] | None = None
-    loss: float = float("nan")
-    bound: float = float("nan")
 
 
 def solve(
@@ -57,6 +38,10 @@ def solve(
     open_ = np.isfinite(loss)
     for cost in costs.values():
         open_ = open_ & np.isfinite(cost.table)
+    if len(bounds) == 1:
+        found = knapsack.solve(np.where(open_, loss, np.inf), tables[0].table, _capacity(bounds[0], tables[0]))
+        if found.status != "feasible":
+            return found
     open_ &= ~_dominated(loss, [cost.table for cost in tables], open_)
     if not open_.any(axis=1).all():
         return Solution("infeasible")
@@ -138,6 +123,11 @@ def _fits(choice: NDArray[np.int64], tables: Sequence[Cost], bounds: Sequence[Bo
     return all(bound.admits(table.total(choice)) for bound, table in zip(bounds, tables, strict=True))
 
 
+def _capacity(bound: Bound, cost: Cost) -> float:
+    """What a budget leaves for the units."""
+    return bound.limit * (1 + TOLERANCE) - cost.constant
+
+
 def _nothing_to_lose(costs: Mapping[Resource, Cost]) -> NDArray[np.float64]:
     return np.zeros_like(next(iter(costs.values())).table)
 
@@ -190,7 +180,7 @@ class _Program:
             self._problem += pulp.LpAffineExpression((x, 1) for x in row) == 1
         for bound, cost in zip(bounds, tables, strict=True):
             # In thousandths of the room that the budget leaves, so that feasibility tolerances are relative to it.
-            room = max(bound.limit * (1 + TOLERANCE) - cost.constant, 1e-300)
+            room = max(_capacity(bound, cost), 1e-300)
             self._problem += (
                 pulp.LpAffineExpression(
                     (x, float(cost.table[at]) / room * 1000) for x, at in zip(self._x, self._at, strict=True)
