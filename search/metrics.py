@@ -77,7 +77,7 @@ METRICS: dict[str, Metric] = {
             "measured",
             ("data",),
             lambda space: 0.5 * _measurements(space),
-            version=2,
+            version=3,
         ),
         Metric(
             "hessian_trace",
@@ -85,7 +85,7 @@ METRICS: dict[str, Metric] = {
             "second order",
             ("data", "forward derivatives", "gradients"),
             lambda space: 4 * PROBE,
-            version=2,
+            version=3,
         ),
         Metric(
             "hessian_trace_labels",
@@ -93,6 +93,7 @@ METRICS: dict[str, Metric] = {
             "second order",
             ("data", "labels", "double backward"),
             lambda space: 2 * BACKWARD + 4 * PROBE,
+            version=2,
         ),
         Metric(
             "fisher",
@@ -100,6 +101,7 @@ METRICS: dict[str, Metric] = {
             "second order",
             ("data", "gradients"),
             lambda space: 1 + BACKWARD,
+            version=2,
         ),
         Metric(
             "gauss_newton",
@@ -107,6 +109,7 @@ METRICS: dict[str, Metric] = {
             "second order",
             ("data", "gradients"),
             lambda space: BACKWARD + 1 + _schemes(space),
+            version=2,
         ),
         Metric(
             "pqi",
@@ -114,6 +117,7 @@ METRICS: dict[str, Metric] = {
             "integrated",
             ("data", "gradients"),
             lambda space: (4 * (BACKWARD + 1) + 1) * _schemes(space),
+            version=2,
         ),
         Metric(
             "pqi_absolute",
@@ -122,6 +126,7 @@ METRICS: dict[str, Metric] = {
             ("data", "gradients"),
             lambda space: (4 * (BACKWARD + 1) + 1) * _schemes(space),
             in_loss_units=False,
+            version=2,
         ),
         Metric(
             "pqi_single",
@@ -129,6 +134,7 @@ METRICS: dict[str, Metric] = {
             "integrated",
             ("data", "gradients"),
             lambda space: 0.5 * (2 * (BACKWARD + 1) + 2) * _choices(space),
+            version=2,
         ),
         Metric(
             "lrp",
@@ -137,6 +143,7 @@ METRICS: dict[str, Metric] = {
             ("data", "gradients"),
             lambda space: BACKWARD * (3 if _convolutions(space) > 1 else 1),
             in_loss_units=False,
+            version=2,
         ),
         Metric(
             "gradient",
@@ -145,6 +152,7 @@ METRICS: dict[str, Metric] = {
             ("data", "gradients"),
             lambda space: BACKWARD + _schemes(space),
             in_loss_units=False,
+            version=2,
         ),
         Metric(
             "autoscheme",
@@ -153,6 +161,7 @@ METRICS: dict[str, Metric] = {
             ("data", "gradients"),
             lambda space: BACKWARD * _schemes(space),
             in_loss_units=False,
+            version=2,
         ),
         Metric(
             "higgs",
@@ -160,6 +169,7 @@ METRICS: dict[str, Metric] = {
             "measured",
             ("data",),
             lambda space: 0.5 * 3 * len(space.layers) * (2 if _rounds_inputs(space) else 1),
+            version=2,
         ),
         Metric(
             "weight_mse",

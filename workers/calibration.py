@@ -49,7 +49,8 @@ def load_data(calibration: Calibration, loaded: LoadedModel) -> Data:
     Text is cut into pieces of at most `sequence_length` tokens. The data set is halved first, by position after its
     documents are shuffled, so that the splits hold different documents (but for the one that the middle cuts).
     Raises InvalidCalibration when the data set is unknown, empty, of the wrong kind or too short, its sequences are
-    longer than the model takes, or the model refuses its samples.
+    longer than the model takes, its images are not finite, its labels are not among the model's classes, or the model
+    refuses its samples.
     """
     name = calibration.dataset or ("python-docs" if loaded.is_text else None)
     if name is None:
@@ -81,7 +82,9 @@ def load_data(calibration: Calibration, loaded: LoadedModel) -> Data:
     for pool in (samples[:half], samples[half:]):
         drawn = generator.choice(len(pool), calibration.samples, replace=False)
         splits.append(_batches([pool[index] for index in sorted(drawn)], size, name, loaded))
-    _check_taken(splits[0][0], name, loaded)
+    output = _first_output(splits[0][0], name, loaded)
+    if loaded.task != "embedding":
+        _check_labels([*splits[0], *splits[1]], output.shape[-1], name, loaded)
     return Data(splits[0], splits[1], _digest(splits))
 
 
@@ -157,6 +160,13 @@ def _image_samples(
         image = found.images[index]
         if isinstance(image, np.ndarray) and image.dtype.kind == "f":
             pixels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
+            if not pixels.isfinite().all():
+                raise InvalidCalibration(
+                    f"image {index} of '{name}' has values that are not finite",
+                    field="calibration.dataset",
+                    value=name,
+                    accepted="images of finite numbers",
+                )
         elif loaded.preprocessor is not None:
             pixels = _preprocessed(image, name, loaded)
         else:
@@ -203,10 +213,10 @@ def _check_length(calibration: Calibration, loaded: LoadedModel) -> None:
         )
 
 
-def _check_taken(batch: Batch, name: str, loaded: LoadedModel) -> None:
+def _first_output(batch: Batch, name: str, loaded: LoadedModel) -> Tensor:
     try:
         with torch.no_grad():
-            loaded({key: value[:1] for key, value in batch.items()})
+            return loaded({key: value[:1] for key, value in batch.items()})
     except (RuntimeError, ValueError, IndexError) as error:
         shapes = ", ".join(f"{key} {'×'.join(map(str, value.shape[1:]))}" for key, value in batch.items())
         raise InvalidCalibration(
@@ -214,6 +224,18 @@ def _check_taken(batch: Batch, name: str, loaded: LoadedModel) -> None:
             field="calibration.dataset",
             value=name,
         ) from error
+
+
+def _check_labels(batches: list[Batch], classes: int, name: str, loaded: LoadedModel) -> None:
+    labels = {label for batch in batches if "labels" in batch for label in batch["labels"].tolist()}
+    unknown = sorted(label for label in labels if not 0 <= label < classes)
+    if unknown:
+        raise InvalidCalibration(
+            f"'{name}' has the label {unknown[-1]}, and this {loaded.architecture} has {classes} classes",
+            field="calibration.dataset",
+            value=name,
+            accepted=f"labels from 0 to {classes - 1}, as the model numbers its classes, or none",
+        )
 
 
 def _wrong_kind(name: str, kind: str, loaded: LoadedModel) -> InvalidCalibration:

@@ -5,8 +5,9 @@ Weights are swapped in place, never copied per candidate, and the originals alwa
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,8 +61,11 @@ class Evaluator:
         self._grids: dict[tuple[str, Scheme], Grid] = {}
         self._applied: dict[str, Scheme] = {}
         self._references: dict[tuple[str, int], Any] = {}
-        for name, layer in self.layers.items():
-            layer.module.register_forward_pre_hook(self._round_input(name, layer.module))
+        for name in self.layers:
+            for module in self.modules(name):
+                module.register_forward_pre_hook(_by_position(module), with_kwargs=True)
+                if rounds_input(module):
+                    module.register_forward_pre_hook(self._round_input(name, module))
 
     @classmethod
     def build(cls, spec: EvaluatorSpec) -> Evaluator:
@@ -220,14 +224,44 @@ def inventory(loaded: LoadedModel, layers: Mapping[str, WeightedLayer]) -> Inven
     )
 
 
+def rounds_input(module: nn.Module) -> bool:
+    """Whether a scheme rounds what the module is given: not tokens, as an embedding."""
+    return not isinstance(module, nn.Embedding)
+
+
 def token_dims(module: nn.Module, x: Tensor) -> int:
     """How many trailing dimensions of a layer's input are one token: an image's all but the first."""
     return x.dim() - 1 if isinstance(module, CONVOLUTIONS) else 1
 
 
+def kept_tokens(batch: Batch, x: Tensor) -> Tensor | None:
+    """1 for each token of a layer's input x that is no padding, shaped to multiply x; None where x is not of tokens."""
+    mask = batch.get("attention_mask")
+    if mask is None or x.dim() < 2:
+        return None
+    if x.shape[:2] == mask.shape:
+        return mask.view(*mask.shape, *[1] * (x.dim() - 2)).to(x)
+    return mask.view(-1, 1).to(x) if x.shape[:-1] == (mask.numel(),) else None
+
+
 def standard_error(samples: Tensor) -> float:
     """Of the mean of independent samples; 0 for a single one, of which nothing is known."""
     return float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else 0.0
+
+
+def _by_position(module: nn.Module) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
+    """A hook after which what a module is called with by name stands in its place: other hooks see no names."""
+    signature = inspect.signature(module.forward)
+
+    def rearrange(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if args or not kwargs:
+            return None
+        bound = signature.bind(**kwargs)
+        return bound.args, bound.kwargs
+
+    return rearrange
 
 
 def _layers(loaded: LoadedModel, chain: BlockChain | None) -> dict[str, WeightedLayer]:

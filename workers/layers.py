@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from search.inventory import Layer, LayerKind
 from workers.hooks import removing
@@ -73,6 +76,49 @@ def enumerate_layers(model: nn.Module, run_one_item: Callable[[], object]) -> li
         else:
             first.layer = replace(first.layer, macs=first.layer.macs + layer_macs, aliases=(*first.layer.aliases, name))
     return list(layers.values())
+
+
+def used_outside(model: nn.Module, layers: Iterable[WeightedLayer], run: Callable[[], object]) -> list[str]:
+    """The layers whose weights some operation of the model takes while none of the modules that hold them runs.
+
+    What follows a layer's module, as most metrics do, does not see such a use.
+    """
+    holders = {
+        id(weighted.parameter): (
+            weighted.layer.name,
+            {weighted.module, *map(model.get_submodule, weighted.layer.aliases)},
+        )
+        for weighted in layers
+    }
+    running: list[nn.Module] = []
+    found: dict[str, None] = {}
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            result = function(*args, **(kwargs or {}))
+            # Attributes of a weight, such as its dtype, are asked for everywhere.
+            if isinstance(result, Tensor) and function.__name__ != "__get__":
+                for value in (*args, *(kwargs or {}).values()):
+                    name, modules = holders.get(id(value), ("", set()))
+                    if name and not modules & set(running):
+                        found[name] = None
+            return result
+
+    def enter(module: nn.Module, _inputs: object) -> None:
+        running.append(module)
+
+    def leave(*_: object) -> None:
+        running.pop()
+
+    hooks: list[RemovableHandle] = []
+    for module in model.modules():
+        hooks.append(module.register_forward_pre_hook(enter))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
+    with removing(hooks), torch.no_grad(), Watch():
+        run()
+    return list(found)
 
 
 def _describe(name: str, module: nn.Module) -> list[WeightedLayer]:

@@ -95,7 +95,8 @@ def score(task: Task, output: Tensor, mask: Tensor | None, generator: torch.Gene
     p = output.float().softmax(-1)
     flat = p.view(-1, p.shape[-1])
     parts = torch.split(flat, max(1, CACHED // flat.shape[-1]))
-    labels = torch.cat([torch.multinomial(part, 1, generator=generator) for part in parts])
+    # Where the output is not finite any label will do, and the score is not finite either: to draw is what would fail.
+    labels = torch.cat([torch.multinomial(part.nan_to_num(1.0), 1, generator=generator) for part in parts])
     c = flat.neg_().scatter_add_(1, labels, torch.ones_like(labels, dtype=flat.dtype)).view_as(p)
     signs = torch.randint(0, 2, c.shape[:-1], generator=generator, device=c.device).to(c) * 2 - 1
     if c.dim() == 3:

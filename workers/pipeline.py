@@ -32,6 +32,7 @@ from search.inventory import Inventory
 from search.metrics import METRICS, Metric
 from search.proposals import Drafts, axes, judge
 from search.request import SearchRequest
+from search.scheme import FULL_PRECISION
 from search.space import Space, build_space
 from search.surrogate import scheme_factors
 from search.targets import find_target
@@ -42,7 +43,10 @@ from workers.fingerprint import fingerprint
 from workers.models import HUB, dtype
 from workers.run import Run
 from workers.sensitivity import FILLS, Subject, Table
-from workers.tasks import DESCRIBE, MEASURE, Content, Result
+from workers.tasks import DESCRIBE, MEASURE, Content, Item, Result, Task, above_broken_numbers, texts
+
+NAMED = 5
+"""So many units a message names at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,11 @@ def profile_model(run: Run) -> Profile:
     space = build_space(inventory, request.space, find_target(request.target))
     costs = cost_tables(space, inventory)
     bounds = cost_bounds(request.budgets.named())
+    if loose := described["used_outside"]:
+        run.notice(
+            f"the model also uses the weights of {_listed(loose)} outside of their layers: kl, pqi, higgs, gradient and "
+            "autoscheme do not see that use, and predict too little; measured losses do"
+        )
     check_feasible(bounds, costs)
     check_jointly_feasible(costs, bounds)
     run.summary |= {
@@ -182,8 +191,17 @@ def fill_table(run: Run, metric: Metric, subject: Subject, profile: Profile) -> 
     if stored is not None:
         table = Table.from_json(stored)
     else:
-        table = FILLS[metric.name](lambda task, items: run.compute(task, items, "sensitivity"), subject)
+
+        def vet(item: Item, result: Result) -> None:
+            check_result(metric, item, result, profile.space)
+
+        def compute(task: Task, items: Sequence[Item]) -> list[Result]:
+            return run.compute(task, items, "sensitivity", vet=vet)
+
+        table = FILLS[metric.name](compute, subject)
         check_finite(metric, table, profile.space)
+        if "data" in metric.needs:
+            table = with_idle_units_noted(table, profile.space)
         put_result(run.engine, key, "sensitivity", {"metric": metric.name} | table.to_json(), time.monotonic() - began)
     for note in table.notes:
         run.notice(f"{metric.name}: {note}")
@@ -203,13 +221,53 @@ def check_finite(metric: Metric, table: Table, space: Space) -> None:
     broken = ~np.isfinite(table.values.to_numpy()) & space.allowed
     if broken.any():
         names = [unit.name for unit, row in zip(space.units, broken.any(axis=1), strict=True) if row]
-        raise UnsupportedModel(
-            f"{metric.name} is not finite for {len(names)} of {len(space.units)} units, {names[0]} among them: "
-            "the model's activations or gradients overflow on the calibration data",
-            field="sensitivity",
-            value=metric.name,
-            accepted="a model that is finite on the calibration data; on half precision, BITFRONTIER_DTYPE=float32",
-        )
+        raise _not_finite(metric, f" for {len(names)} of {len(space.units)} units, {names[0]} among them")
+
+
+def check_result(metric: Metric, item: Item, result: Result, space: Space) -> None:
+    """Raise UnsupportedModel, naming units, when a number in a result that a metric asked for is not finite.
+
+    The units are those that stand above such numbers in the result, else those that the item names.
+    """
+    broken = above_broken_numbers(result)
+    if broken:
+        names = _units_named(broken, space) or _units_named(texts(item), space)
+        raise _not_finite(metric, f" for {_listed(names)}" if names else "")
+
+
+def with_idle_units_noted(table: Table, space: Space) -> Table:
+    """The table with a note that names the units for which it predicts no loss, whatever they are rounded to."""
+    rounds = space.allowed & np.array([scheme != FULL_PRECISION for scheme in space.schemes])
+    idle = rounds.any(axis=1) & ~(rounds & (table.values.to_numpy() != 0)).any(axis=1)
+    names = [unit.name for unit, row in zip(space.units, idle, strict=True) if row]
+    if not names:
+        return table
+    them = "it" if len(names) == 1 else "them"
+    note = (
+        f"no loss is predicted at any scheme for {_listed(names)}: "
+        f"the loss does not depend on {them}, or rounding hardly changes {them}"
+    )
+    return replace(table, notes=(*table.notes, note))
+
+
+def _not_finite(metric: Metric, where: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{metric.name} is not finite{where}: the model's activations or gradients overflow on the calibration data",
+        field="sensitivity",
+        value=metric.name,
+        accepted="a model that is finite on the calibration data, at full precision and at the schemes of the space; "
+        "on half precision, BITFRONTIER_DTYPE=float32",
+    )
+
+
+def _units_named(texts: set[str], space: Space) -> list[str]:
+    """The units among `texts`, by their own name or by a layer's."""
+    return [unit.name for unit in space.units if texts & {unit.name, *(layer.name for layer in unit.layers)}]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """At most five names; the others are counted."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def optimize(run: Run, profile: Profile, tables: dict[str, Table], baselines: Sequence[Candidate]) -> list[Candidate]:

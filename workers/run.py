@@ -51,10 +51,11 @@ class Run:
         items: Sequence[Item],
         stage: Stage,
         done: Callable[[int, Result], None] = lambda _index, _result: None,
+        vet: Callable[[Item, Result], None] = lambda _item, _result: None,
     ) -> list[Result]:
         """Results of `task` on `items`, in order: stored ones are reused, each new one is stored as soon as it comes.
 
-        `done` hears of each result as it comes.
+        `done` hears of each result as it comes; `vet` sees each new one before it is stored, and raises what is wrong.
         """
         assert self.content is not None
         keys = [self.content.key(task, item) for item in items]
@@ -74,6 +75,7 @@ class Run:
         self.summary["computed"] = self.summary.get("computed", 0) + len(missing)
         began = time.monotonic()
         for position, result in self.pool.map(task.run, [items[index] for index in missing]):
+            vet(items[missing[position]], result)
             seconds, began = time.monotonic() - began, time.monotonic()
             put_result(self.engine, keys[missing[position]], task.name, result, seconds)
             self.check()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from search import allocation
+from search.errors import UnsupportedModel
 from search.metrics import Metric
 from search.space import Space
-from workers.calibration import sample_count
+from workers.calibration import one_item, sample_count
 from workers.evaluator import Evaluator
+from workers.layers import used_outside
 from workers.loss import has_labels
 
 Item = dict[str, Any]
@@ -68,6 +71,28 @@ def content_key(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def above_broken_numbers(value: Any) -> set[str]:
+    """The keys on the way to every number in a result that is not finite: none when all are."""
+    return {key for keys, leaf in _leaves(value) if isinstance(leaf, float) and not math.isfinite(leaf) for key in keys}
+
+
+def texts(value: Any) -> set[str]:
+    """Every key and text in an item."""
+    return {text for keys, leaf in _leaves(value) for text in (*keys, leaf) if isinstance(text, str)}
+
+
+def _leaves(value: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The texts, numbers and nulls of plain JSON, each with the keys that lead to it."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, (*above, key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner, above)
+    else:
+        yield above, value
+
+
 def _describe(evaluator: Evaluator, _item: Item) -> Result:
     batches = evaluator.batches("calibration")
     return {
@@ -76,18 +101,33 @@ def _describe(evaluator: Evaluator, _item: Item) -> Result:
         "batch_sizes": list(map(sample_count, batches)),
         "labelled": has_labels(evaluator.loaded.task, batches[0]),
         "full_precision": evaluator.measure({}),
-        "forward_seconds": _seconds(evaluator) * len(batches),
+        "forward_seconds": _forward_seconds(evaluator),
+        "used_outside": used_outside(
+            evaluator.loaded.model, evaluator.layers.values(), lambda: evaluator.loaded(one_item(evaluator.loaded))
+        ),
     }
 
 
-def _seconds(evaluator: Evaluator) -> float:
-    """Of a forward pass over the first calibration batch, once everything is warm."""
+@torch.no_grad()
+def _forward_seconds(evaluator: Evaluator) -> float:
+    """Of a forward pass over the calibration split, at full precision and once everything is warm.
+
+    Raises UnsupportedModel when an output is not finite: no metric could say anything.
+    """
     began = time.perf_counter()
-    with torch.no_grad():
-        evaluator.loaded(evaluator.batches("calibration")[0])
-    if evaluator.loaded.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    batches = evaluator.batches("calibration")
+    finite = [evaluator.loaded(batch).flatten(1).isfinite().all(dim=1) for batch in batches]
+    broken = int((~torch.cat(finite)).sum())
+    seconds = time.perf_counter() - began
+    if broken:
+        raise UnsupportedModel(
+            f"the output of this {evaluator.loaded.architecture} is not finite on {broken} of the "
+            f"{sum(map(len, finite))} calibration samples",
+            field="model",
+            value=evaluator.loaded.architecture,
+            accepted="a model that is finite on the calibration data; on half precision, BITFRONTIER_DTYPE=float32",
+        )
+    return seconds
 
 
 def _measure(evaluator: Evaluator, item: Item) -> Result:
@@ -96,7 +136,8 @@ def _measure(evaluator: Evaluator, item: Item) -> Result:
 
 DESCRIBE = Task("describe", 1, _describe)
 """Item: empty. Result: inventory, digest of the data, sizes of the calibration batches, whether there are labels,
-full-precision metrics, and the seconds of a forward pass over the calibration split."""
+full-precision metrics, the seconds of a forward pass over the calibration split, and the layers whose weights are
+`used_outside` of them."""
 
-MEASURE = Task("measure", 1, _measure)
+MEASURE = Task("measure", 2, _measure)
 """Item: layer → scheme text. Result: the metrics of `Evaluator.measure`."""

@@ -204,6 +204,28 @@ class TestRefusals:
         problem = refusal(calibration(dataset="colour"), loaded("digits_vit"))
         assert "does not take the samples of 'colour' (pixel_values 3×16×16)" in problem["detail"]
 
+    @pytest.mark.parametrize("label", [10, 12, -1])
+    def test_a_label_that_is_none_of_the_models_classes(
+        self, loaded: Loader, datasets_folder: Path, label: int
+    ) -> None:
+        labels = np.arange(12) % 10
+        labels[4] = label
+        images = models.digits_arrays()[0][:12]
+        np.savez(datasets_folder / "labelled.npz", images=images, labels=labels)
+        problem = refusal(calibration(dataset="labelled"), loaded("digits_vit"))
+        assert (problem["field"], problem["value"]) == ("calibration.dataset", "labelled")
+        assert f"the label {label}, and this ViTForImageClassification has 10 classes" in problem["detail"]
+        assert "from 0 to 9" in problem["accepted"]
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_an_image_that_is_not_finite(self, loaded: Loader, datasets_folder: Path, value: float) -> None:
+        images = models.digits_arrays()[0][:12].copy()
+        images[7, 0, 2, 2] = value
+        np.savez(datasets_folder / "broken.npz", images=images)
+        problem = refusal(calibration(dataset="broken"), loaded("digits_vit"))
+        assert (problem["field"], problem["value"]) == ("calibration.dataset", "broken")
+        assert "image 7 of 'broken'" in problem["detail"]
+
     def test_a_damaged_picture(self, loaded: Loader, datasets_folder: Path) -> None:
         (datasets_folder / "album").mkdir()
         for number in range(12):

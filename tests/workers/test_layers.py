@@ -13,7 +13,7 @@ from search.inventory import Layer
 from tests import models
 from tests.workers.conftest import Loader
 from workers.calibration import one_item
-from workers.layers import WeightedLayer, enumerate_layers
+from workers.layers import WeightedLayer, enumerate_layers, used_outside
 
 
 def enumerated(model: nn.Module, *inputs: torch.Tensor) -> dict[str, WeightedLayer]:
@@ -152,3 +152,22 @@ def test_matrix_and_weight_are_inverse(kind: str, shape: tuple[int, ...], transp
     if kind == "experts":
         first = parameter[0].T if transposed else parameter[0]
         assert torch.equal(matrix[: len(first)], first)
+
+
+class Loose(nn.Module):
+    """A layer that runs, one whose weight is used without it, and a tied pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.loose, self.tied, self.other = (nn.Linear(4, 4) for _ in range(4))
+        self.other.weight = self.tied.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.tied(self.loose(self.body(x.to(self.body.weight.dtype))))
+        return nn.functional.linear(self.other(x), self.loose.weight.t())
+
+
+def test_a_weight_that_is_used_without_its_layer_is_found() -> None:
+    model = Loose()
+    layers = enumerate_layers(model, lambda: model(torch.ones(1, 4)))
+    assert used_outside(model, layers, lambda: model(torch.ones(1, 4))) == ["loose"]

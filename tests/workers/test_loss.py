@@ -120,6 +120,14 @@ def test_the_outer_product_of_scores_is_on_average_the_curvature_of_the_mean_div
     assert scores.mean(0).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_the_score_of_an_output_that_is_not_finite_is_not_finite_and_others_are(broken: float) -> None:
+    output, _ = outputs("image-classification", 0)
+    output[1, 2] = broken
+    drawn = score("image-classification", output, None, torch.Generator().manual_seed(0))
+    assert drawn.isfinite().all(dim=1).tolist() == [True, False, True]
+
+
 def test_only_what_has_labels_has_a_labelled_loss() -> None:
     labels = {"labels": torch.tensor([1, 0, 2])}
     assert has_labels("causal-lm", {})

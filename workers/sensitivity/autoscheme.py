@@ -83,6 +83,6 @@ def _absolute_sum(gradient: Tensor, change: Tensor) -> float:
     return float((gradient.float() * change.float()).abs().sum(dtype=torch.float64))
 
 
-SCORES = Task("autoscheme", 1, _scores)
+SCORES = Task("autoscheme", 2, _scores)
 """Item: a scheme, the layers that take it, a batch, a seed. Result: whether there were labels, and layer → for each
 batch that was differentiated at once, the scores of its weight and its input."""

@@ -121,7 +121,8 @@ def _uses_visited(module: nn.Module, name: str, entered: OnUse | None, left: OnU
             return None
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        return _visited(output, inputs[0], partial(left, name))
+        # A copy: what follows may change it in place.
+        return _visited(output, inputs[0], partial(left, name)).clone()
 
     hooks = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     with removing(hooks):

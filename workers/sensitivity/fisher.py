@@ -15,7 +15,7 @@ import numpy as np
 from search.scheme import Scheme
 from search.space import Unit
 from workers.sensitivity.rounding import weight_only
-from workers.sensitivity.sampled import independent, joined, sampled, sum_of
+from workers.sensitivity.sampled import joined, sampled, sum_of
 from workers.sensitivity.table import Entry, Subject, Table, metric, variance_of_mean
 from workers.tasks import Compute
 
@@ -29,9 +29,9 @@ def fisher(compute: Compute, subject: Subject) -> Table:
     single weights are summed up at once. Layers of a unit, and its weights and activations, vary together.
     """
     results = sampled(compute, subject, "fisher")
-    sizes = np.concatenate([result["sizes"] for result in results]).astype(float)
-    shards = np.array([sum(result["sizes"]) for result in results], dtype=float)
-    squares = {layer: found["norm"] for layer, found in joined(results, "squares").items()}
+    sizes = np.concatenate([result["fisher"]["sizes"] for result in results]).astype(float)
+    shards = np.array([sum(result["fisher"]["sizes"]) for result in results], dtype=float)
+    squares = {layer: found["norm"] for layer, found in joined(results, "fisher", "squares").items()}
     weights, inputs = joined(results, "fisher", "weights"), joined(results, "fisher", "inputs")
     by_micro_batch = {
         layer: {
@@ -52,4 +52,4 @@ def fisher(compute: Compute, subject: Subject) -> Table:
             float(variance_of_mean(weight + activation, sizes)),
         )
 
-    return Table.of(subject.space, entry, {"micro_batches": len(sizes)}, independent(subject.space, results))
+    return Table.of(subject.space, entry, {"micro_batches": len(sizes)})

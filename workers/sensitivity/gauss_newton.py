@@ -20,7 +20,7 @@ import pandas as pd
 from search.scheme import Scheme
 from search.space import Space, Unit
 from workers.sensitivity.rounding import weight_only
-from workers.sensitivity.sampled import Array, independent, joined, sampled, sum_of
+from workers.sensitivity.sampled import Array, joined, sampled, sum_of
 from workers.sensitivity.table import Entry, Subject, Table, metric, variance_of_mean
 from workers.tasks import Compute
 
@@ -51,7 +51,7 @@ def gauss_newton(compute: Compute, subject: Subject) -> Table:
         return Entry(float(of_weight.mean()), float(of_activation.mean()), variance)
 
     sketch = {"weight": _sketch(space, weight), "activation": _sketch(space, activation) if inputs else None}
-    return Table.of(space, entry, {"sketch": sketch}, independent(space, results))
+    return Table.of(space, entry, {"sketch": sketch})
 
 
 def joint(table: Table, allocation: Mapping[str, str]) -> tuple[float, float]:

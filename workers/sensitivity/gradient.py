@@ -23,7 +23,7 @@ from torch.func import functional_call
 from search.scheme import FULL_PRECISION, Scheme
 from search.space import Space
 from workers.calibration import Batch, sample_count
-from workers.evaluator import Evaluator, token_dims
+from workers.evaluator import Evaluator, rounds_input, token_dims
 from workers.loss import has_labels, labelled_loss, score
 from workers.quantizers.activation import round_activation
 from workers.sensitivity.backward import micro_batches, visiting
@@ -79,6 +79,8 @@ def backward(evaluator: Evaluator, batch: Batch, generator: torch.Generator, of:
     Added over all samples, gradients are those of the batch's mean loss.
     """
     task, output = evaluator.loaded.task, evaluator.loaded(batch)
+    if not output.requires_grad:
+        return
     if has_labels(task, batch):
         (labelled_loss(task, output, batch).sum() / of).backward()  # type: ignore[no-untyped-call]
     else:
@@ -120,7 +122,7 @@ class _Scores:
             alone = self._squares(gradient, change)
             for scheme in schemes:
                 both = alone
-                if scheme.quantizes_activations and module is self._evaluator.layers[name].module:
+                if scheme.quantizes_activations and rounds_input(module):
                     shift = round_activation(x, scheme.activation_bits, token_dims(module, x)) - x
                     both = self._squares(gradient, change + _output(module, shift, weight))
                 self._found[name][str(scheme)][:, self.samples] += torch.stack([both, alone])
@@ -175,6 +177,6 @@ def _sum(values: Tensor, dim: int | None = None) -> Tensor:
     return values.sum(dim=dim, dtype=torch.float64)
 
 
-SCORES = Task("gradient", 1, _scores)
+SCORES = Task("gradient", 2, _scores)
 """Item: a batch, a seed, layers with their schemes. Result: whether there were labels, and layer → scheme → [score,
 score of the weights alone, Σ of the samples' squared scores]."""

@@ -15,6 +15,7 @@ less work. The probes of an item share the graph of the backward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,15 @@ from search.stability import STABLE, changed_decisions
 from workers.evaluator import Evaluator
 from workers.loss import curvature
 from workers.sensitivity.backward import visiting
-from workers.sensitivity.hutchinson import Piece, Place, entering, plain_operations, probed, run_with
+from workers.sensitivity.hutchinson import (
+    Piece,
+    Place,
+    entering,
+    plain_operations,
+    probed,
+    run_with,
+    twice_backwards,
+)
 from workers.sensitivity.rounding import rounding_errors, weight_only
 from workers.sensitivity.table import Entry, Subject, Table, metric, sum_of_layers, variance_of_mean
 from workers.tasks import Compute, Item, Result, Task
@@ -110,7 +119,7 @@ def trace_table(compute: Compute, subject: Subject, task: Task, rounds: Sequence
         "stopped": stopped,
     }
     final = table(estimates)
-    return Table(final.weight, final.activation, final.stderr, details, estimates["weight"].notes(names))
+    return Table(final.weight, final.activation, final.stderr, details, estimates["weight"].notes())
 
 
 class Estimate(NamedTuple):
@@ -156,15 +165,12 @@ class Estimate(NamedTuple):
             f"{name}_stderr": dict(zip(layers, self.error.tolist(), strict=True)),
         }
 
-    def notes(self, names: list[str]) -> tuple[str, ...]:
-        """Name the layers through which no probe ever moved the loss, and count those with a negative trace."""
-        still = (self.mean == 0) & (self.error == 0)
-        notes = [f"the loss does not depend on {name}" for name, one in zip(names, still, strict=True) if one]
-        if negative := int((self.mean < 0).sum()):
-            notes.append(
-                f"{negative} of {len(names)} layers have a negative average trace, which counts as its standard error"
-            )
-        return tuple(notes)
+    def notes(self) -> tuple[str, ...]:
+        """Count the layers with a negative trace."""
+        negative, layers = int((self.mean < 0).sum()), len(self.mean)
+        if not negative:
+            return ()
+        return (f"{negative} of {layers} layers have a negative average trace, which counts as its standard error",)
 
 
 def _estimates(found: list[list[Result]], samples: list[int]) -> dict[str, Estimate]:
@@ -199,7 +205,11 @@ def _layers_with_rounded_inputs(space: Space) -> list[str]:
 
 def _probe(piece: Piece) -> None:
     evaluator, seeds = piece.evaluator, piece.item["seeds"]
-    cotangents = [_curved(piece, seed) for seed in seeds]
+    try:
+        cotangents = [_curved(piece, seed) for seed in seeds]
+    except NotImplementedError:
+        # An operation has no forward derivative. As the divergence has no gradient, the result is the same.
+        return twice_backwards(piece, partial(_mean_divergence, piece))
 
     def watch(place: Place, x: Tensor) -> Tensor:
         x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
@@ -212,9 +222,16 @@ def _probe(piece: Piece) -> None:
         entering(evaluator, piece.item["inputs"], watch),
     ):
         output = evaluator.loaded(piece.batch)
+        if not output.requires_grad:
+            return None
         for seed, cotangent in zip(seeds, cotangents, strict=True):
             piece.seed = seed
             torch.autograd.backward(output, cotangent, retain_graph=seed != seeds[-1])
+    return None
+
+
+def _mean_divergence(piece: Piece, output: Tensor) -> Tensor:
+    return piece.evaluator.losses(piece.batch, output, output.detach()).mean()
 
 
 @torch.no_grad()
@@ -252,5 +269,5 @@ def _run(evaluator: Evaluator, item: Item) -> Result:
     return probed(evaluator, item, _probe)
 
 
-PROBE = Task("hessian_trace.probe", 2, _run)
+PROBE = Task("hessian_trace.probe", 3, _run)
 """Item: samples of a batch, seeds, layers, layers whose inputs are rounded, to how many bits. Result: as `probed`."""

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from search.scheme import Scheme
-from workers.evaluator import Evaluator, token_dims
+from workers.calibration import Batch
+from workers.evaluator import Evaluator, kept_tokens, token_dims
 from workers.quantizers.activation import round_activation
 from workers.sensitivity.rounding import rounding_errors, weight_only
 from workers.sensitivity.table import Entry, Subject, Table, metric, sum_of_layers
@@ -120,7 +121,8 @@ class _Response:
         pairs = list(zip(self._levels, noises, strict=True))
         variants = [Variant({self._name: partial(_noisy_weight, level, noise)}) for level, noise in pairs]
         if self._widths:
-            variants += [Variant({}, {self._name: partial(self._noisy_input, level, noise)}) for level, noise in pairs]
+            changes = [partial(self._noisy_input, level, noise, walk.batch) for level, noise in pairs]
+            variants += [Variant({}, {self._name: change}) for change in changes]
         self._losses.append(torch.stack(walk.losses(variants)))
 
     def to_json(self) -> Result:
@@ -138,14 +140,16 @@ class _Response:
         generator = torch.Generator(like.device).manual_seed(crc32(key.encode()))
         return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
-    def _noisy_input(self, level: float, noise: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _noisy_input(self, level: float, noise: Callable[[Tensor], Tensor], batch: Batch, x: Tensor) -> Tensor:
         dims = token_dims(self._evaluator.layers[self._name].module, x)
         tokens = x.flatten(-dims)
         square = tokens.square().sum(-1, keepdim=True)
         if level == self._levels[0]:
+            kept = kept_tokens(batch, x)
+            weights = torch.ones_like(square) if kept is None else kept.view_as(square)
             for width, found in self._errors.items():
-                error = round_activation(tokens, width) - tokens
-                found.append((error.square().sum(-1, keepdim=True) / square.clamp_min(1e-30)).double().mean())
+                error = (round_activation(tokens, width) - tokens).square().sum(-1, keepdim=True)
+                found.append((weights * error / square.clamp_min(1e-30)).double().sum() / weights.sum())
         return (tokens + level * (square / tokens.shape[-1]).sqrt() * noise(tokens)).view_as(x)
 
 
@@ -153,6 +157,6 @@ def _noisy_weight(level: float, noise: Callable[[Tensor], Tensor], weight: Tenso
     return weight + level * weight.square().mean().sqrt() * noise(weight)
 
 
-RESPONSES = Task("higgs", 1, _responses)
+RESPONSES = Task("higgs", 2, _responses)
 """Item: a stretch's layers with the bits to which their inputs are rounded, levels of noise, a seed. Result: layer → as
 `_Response.to_json` has it."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from workers.calibration import Batch, sample_count
-from workers.evaluator import Evaluator, token_dims
+from workers.evaluator import Evaluator, kept_tokens, rounds_input, token_dims
 from workers.hooks import removing
 from workers.quantizers.activation import round_activation
 from workers.sensitivity.backward import micro_batches
@@ -66,17 +66,21 @@ class Piece:
         return self._signs[key].to(like)
 
     def add(self, place: Place, product: Tensor) -> None:
-        """Note v·(Hv)/n of a place, `product` being its part of Hv."""
+        """Note v·(Hv)/n of a place, `product` being its part of Hv; padding, which has none, does not count in n."""
         signed = self.signs(place, product).mul_(product)
-        self._averages[self.seed, place] = signed.sum(dtype=torch.float64) / product.numel()
+        kept = kept_tokens(self.batch, product) if place[1] is not None else None
+        count = product.numel() if kept is None else float(kept.sum()) * product.numel() / kept.numel()
+        self._averages[self.seed, place] = signed.sum(dtype=torch.float64) / max(count, 1)
 
     def note_rounding(self, place: Place, x: Tensor) -> None:
         """Note ‖Q(x) − x‖² of an input, for every width of the item."""
         if place not in self._rounding:
-            dims = token_dims(self.evaluator.layers[place[0]].module, x)
+            x, dims = x.detach(), token_dims(self.evaluator.layers[place[0]].module, x)
+            kept = kept_tokens(self.batch, x)
+            errors = {width: round_activation(x, width, dims) - x for width in self.item["activation_bits"]}
             self._rounding[place] = {
-                width: float((round_activation(x.detach(), width, dims) - x.detach()).double().square().sum())
-                for width in self.item["activation_bits"]
+                width: float((error if kept is None else error * kept).double().square().sum())
+                for width, error in errors.items()
             }
 
     def result(self) -> dict[str, NDArray[np.float64]]:
@@ -122,6 +126,43 @@ def probed(evaluator: Evaluator, item: Item, probe: Callable[[Piece], None]) -> 
     return {part: values.tolist() for part, values in totals.items()}
 
 
+def twice_backwards(piece: Piece, loss: Callable[[Tensor], Tensor]) -> None:
+    """Probe with H v = ∂(gᵀv)/∂W, the gradient g of `loss(output)` differentiated a second time.
+
+    Its graph is built once for the samples that are probed together and kept for all their probes.
+    """
+    evaluator, seeds = piece.evaluator, piece.item["seeds"]
+    places: dict[Place, Tensor] = {}
+
+    def watch(place: Place, x: Tensor) -> Tensor:
+        piece.note_rounding(place, x)
+        places[place] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        return places[place]
+
+    with torch.enable_grad(), plain_operations(evaluator.loaded.model):
+        weights = {name: weight.requires_grad_() for name, weight in piece.weights().items()}
+        with entering(evaluator, piece.item["inputs"], watch):
+            output = run_with(evaluator, weights, piece.batch)
+        if not output.requires_grad:
+            return
+        places |= {(name, None): weight for name, weight in weights.items()}
+        variables = list(places.values())
+        gradients = torch.autograd.grad(loss(output), variables, create_graph=True, materialize_grads=True)
+        # A gradient in which no variable stands has no second derivative.
+        curved = {place: one for place, one in zip(places, gradients, strict=True) if one.requires_grad}
+        for seed in seeds if curved else ():
+            piece.seed = seed
+            products = torch.autograd.grad(
+                list(curved.values()),
+                variables,
+                [piece.signs(place, gradient) for place, gradient in curved.items()],
+                retain_graph=seed != seeds[-1],
+                materialize_grads=True,
+            )
+            for place, product in zip(places, products, strict=True):
+                piece.add(place, product)
+
+
 @contextmanager
 def entering(evaluator: Evaluator, names: list[str], on_input: OnInput) -> Iterator[None]:
     """Within, each use of the named layers is given what `on_input` makes of its input."""
@@ -133,7 +174,10 @@ def entering(evaluator: Evaluator, names: list[str], on_input: OnInput) -> Itera
         return (on_input(place, inputs[0]), *inputs[1:])
 
     hooks = [
-        module.register_forward_pre_hook(partial(enter, name)) for name in names for module in evaluator.modules(name)
+        module.register_forward_pre_hook(partial(enter, name))
+        for name in names
+        for module in evaluator.modules(name)
+        if rounds_input(module)
     ]
     with removing(hooks):
         yield

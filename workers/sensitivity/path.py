@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from search.scheme import Scheme
-from workers.evaluator import Evaluator, token_dims
+from workers.evaluator import Evaluator, rounds_input, token_dims
 from workers.hooks import removing
 from workers.quantizers.activation import round_activation
 from workers.sensitivity.backward import recomputing
@@ -62,13 +62,13 @@ class Path:
     ) -> Iterator[None]:
         layer = self._layers[name]
         attribute = name.rpartition(".")[2] if layer.layer.kind == "experts" else "weight"
-        rounds_input = self.scheme.quantizes_activations and module is layer.module
+        moves_input = self.scheme.quantizes_activations and rounds_input(module)
 
         def enter(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             # An attribute of the instance is found before the parameter of that name.
             point, visit = partial(self._point, name), partial(weight, name)
             vars(module)[attribute] = _Weight.apply(anchor, point, visit)  # type: ignore[no-untyped-call]
-            if not rounds_input:
+            if not moves_input:
                 return None
             x, bits = inputs[0], self.scheme.activation_bits
             rounded = partial(round_activation, bits=bits, token_dims=token_dims(module, x))

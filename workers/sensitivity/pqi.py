@@ -376,7 +376,9 @@ class _Walk:
                 for node, width in zip(*rule(self._item["nodes"]), strict=True):
                     self._path.t, self._width = float(node), float(width)
                     with self._path.walked(self._add_weight, self._add_input):
-                        _Divergence.apply(evaluator.loaded(batch), reference, evaluator, batch).backward()  # type: ignore[no-untyped-call]
+                        output = evaluator.loaded(batch)
+                        if output.requires_grad:
+                            _Divergence.apply(output, reference, evaluator, batch).backward()  # type: ignore[no-untyped-call]
 
     def elements(self, name: str) -> Tensor:
         """The integral of each of a layer's weights, shaped as the parameter."""
@@ -431,7 +433,7 @@ def _entered(evaluator: Evaluator, layers: list[str], batch: Batch) -> AbstractC
         return chain.resumed(start, chain.output_of(start - 1, lambda: evaluator.loaded(batch)))
 
 
-PATH = Task("pqi.path", 1, _path)
+PATH = Task("pqi.path", 2, _path)
 """Item: the layers that move, their scheme, a rule of `RULES` with its number of nodes, and pieces of the calibration
 samples. Result: the loss of each sample at the scheme, the layers' shares ("weight", "activation": pieces × layers) and
 their sums of absolute values on all these samples."""

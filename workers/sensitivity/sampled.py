@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -30,7 +30,7 @@ from workers.calibration import Batch, sample_count
 from workers.evaluator import Evaluator, token_dims
 from workers.loss import score
 from workers.quantizers.activation import round_activation
-from workers.sensitivity.backward import LARGE, micro_batches_of_split, visiting
+from workers.sensitivity.backward import LARGE, is_large, micro_batches_of_split, visiting
 from workers.sensitivity.rounding import weight_only
 from workers.sensitivity.table import Subject
 from workers.tasks import Compute, Item, Result, Task
@@ -45,7 +45,8 @@ SHARDS = 4
 
 MICRO_BATCHES = 8
 """For the Fisher diagonal alone, samples go together in at least so many micro-batches: their spread is the standard
-error. The sketch takes one sample at a time: its rows must not mix samples."""
+error. The sketch takes one sample at a time: its rows must not mix samples. They share a pass where both
+take as many."""
 
 SEED = 0
 
@@ -60,7 +61,7 @@ def sampled(compute: Compute, subject: Subject, name: str) -> list[Result]:
     cuts = np.linspace(0, samples, min(SHARDS, samples) + 1).round().astype(int).tolist()
     asked: Item = {
         "scores": scores,
-        "at_once": 1 if "gauss_newton" in scores else math.ceil(samples / MICRO_BATCHES),
+        "at_once": {name: 1 if name == "gauss_newton" else math.ceil(samples / MICRO_BATCHES) for name in scores},
         "seed": SEED,
         "weights": _weights(space),
         "inputs": _inputs(space),
@@ -79,13 +80,6 @@ def joined(results: Sequence[Result], *path: str) -> dict[str, dict[str, Array]]
         layer: {key: np.concatenate([part[layer][key] for part in parts]) for key in keys}
         for layer, keys in parts[0].items()
     }
-
-
-def independent(space: Space, results: Sequence[Result]) -> list[str]:
-    """A note that names the layers whose weights have no gradient on any sample."""
-    squares = joined(results, "squares")
-    names = [layer.name for layer in space.layers if layer.name in squares and not squares[layer.name]["norm"].any()]
-    return [f"the loss does not depend on {', '.join(names)}"] if names else []
 
 
 def sum_of(unit: Unit, found: dict[str, dict[str, Array]], key: str) -> Array | float:
@@ -122,12 +116,25 @@ def _distinct(names: Iterable[str]) -> list[str]:
 
 
 def _sampled(evaluator: Evaluator, item: Item) -> Result:
-    """Go backwards from a score of each micro-batch of a shard, and hand the gradients to what was asked for."""
+    """One pass for all that may take the same samples at once."""
     evaluator.apply({})
-    batches = list(micro_batches_of_split(evaluator, item["start"], item["stop"], item["at_once"]))
+
+    def at_once(name: str) -> int:
+        return 1 if is_large(evaluator) else item["at_once"][name]
+
+    found: Result = {}
+    for number, names in groupby(sorted(item["scores"], key=at_once), key=at_once):
+        found |= _one_pass(evaluator, item, list(names), number)
+    evaluator.apply({})
+    return found
+
+
+def _one_pass(evaluator: Evaluator, item: Item, names: Sequence[str], at_once: int) -> Result:
+    """Go backwards from a score of each micro-batch of a shard, and hand the gradients to what was asked for."""
+    batches = list(micro_batches_of_split(evaluator, item["start"], item["stop"], at_once))
     sizes = [sample_count(batch) for batch, _, _ in batches]
     scale = HALF_SCALE if next(evaluator.loaded.model.parameters()).dtype == torch.float16 else 1.0
-    scores = {name: SCORES[name](evaluator, item, sizes) for name in item["scores"]}
+    scores = {name: SCORES[name](evaluator, item, sizes) for name in names}
     squares: Found = {name: {"norm": [0.0] * len(batches)} for name in item["weights"]}
 
     def weight(at: int, name: str, gradient: Tensor) -> None:
@@ -146,9 +153,7 @@ def _sampled(evaluator: Evaluator, item: Item) -> Result:
         inputs = partial(entered, at) if item["inputs"] else None
         with visiting(evaluator, item["weights"], weight=partial(weight, at), entered=inputs):
             _go_backwards(evaluator, batch, item["seed"] * 1_000_003 + item["start"] + sum(sizes[:at]), scale)
-    found = {name: each.result() for name, each in scores.items()}
-    evaluator.apply({})
-    return {"sizes": sizes, "squares": squares} | found
+    return {name: {"sizes": sizes, "squares": squares} | each.result() for name, each in scores.items()}
 
 
 def _go_backwards(evaluator: Evaluator, batch: Batch, seed: int, scale: float) -> None:
@@ -258,7 +263,7 @@ def _rounded(found: Found) -> Found:
 SCORES: dict[str, type[_Score]] = {"fisher": _Fisher, "gauss_newton": _GaussNewton}
 """What may be made of the pass, by metric."""
 
-SAMPLED = Task("sampled", 1, _sampled)
-"""Item: the `scores` wanted, samples `start` to `stop` of the calibration split, `at_once` together, a seed, and for
-each layer the `weights` schemes and widths of `inputs` to round to. Result: `sizes` of the micro-batches, of each
-layer's weight `squares` (‖G‖² of each micro-batch, under "norm"), and by score its `weights` and `inputs`."""
+SAMPLED = Task("sampled", 2, _sampled)
+"""Item: the `scores` wanted, samples `start` to `stop` of the calibration split, how many `at_once` for each score, a
+seed, and for each layer the `weights` schemes and widths of `inputs` to round to. Result, by score: `sizes` of the
+micro-batches, of each layer's weight `squares` (‖G‖² of each micro-batch, under "norm"), `weights` and `inputs`."""

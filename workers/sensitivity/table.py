@@ -110,10 +110,14 @@ def variance_of_mean(estimates: Array, weights: Array) -> Array:
 
 
 def sum_of_layers(entry: Callable[[str, Scheme], Entry]) -> Callable[[Unit, Scheme], Entry]:
-    """The entry of a unit whose layers (by name) contribute independently."""
+    """The entry of a unit as the sum of its layers' (by name).
+
+    Layers are measured on the same samples, so that their errors may go together: added up, they are an upper bound.
+    """
 
     def of_unit(unit: Unit, scheme: Scheme) -> Entry:
-        return Entry(*map(sum, zip(*(entry(layer.name, scheme) for layer in unit.layers), strict=True)))
+        weights, activations, variances = zip(*(entry(layer.name, scheme) for layer in unit.layers), strict=True)
+        return Entry(sum(weights), sum(activations), sum(variance**0.5 for variance in variances) ** 2)
 
     return of_unit
 

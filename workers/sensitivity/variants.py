@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from search.space import Unit
 from workers.calibration import Batch, sample_count
-from workers.evaluator import Evaluator
+from workers.evaluator import Evaluator, rounds_input
 from workers.hooks import forward_replaced, removing
 
 STACK = {"cuda": 8}
@@ -115,7 +115,8 @@ class Walk:
         found: dict[str, list[Tensor]] = {}
 
         def keep(name: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
-            found.setdefault(name, []).append(output)
+            # A copy: what follows may change it in place.
+            found.setdefault(name, []).append(output.clone())
 
         hooks = [
             layer.module.register_forward_hook(partial(keep, name))
@@ -231,7 +232,7 @@ class _Stack:
             for name, layer in layers.items():
                 if name in variant.weights:
                     layer.parameter.data = variant.weights[name](kept[name])
-                if name in variant.inputs and module is layer.module:
+                if name in variant.inputs and rounds_input(module):
                     x = variant.inputs[name](x)
             return forward(x, *args, **kwargs)
         finally:

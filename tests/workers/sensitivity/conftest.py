@@ -31,6 +31,11 @@ def minilm() -> Evaluator:
     return Evaluator.build(EvaluatorSpec(str(models.minilm()), Calibration(samples=8, sequence_length=32)))
 
 
+@pytest.fixture(scope="session")
+def bert(model_folder: Callable[[str], Path]) -> Evaluator:
+    return Evaluator.build(EvaluatorSpec(str(model_folder("tiny_bert")), Calibration(samples=4, sequence_length=16)))
+
+
 @pytest.fixture(
     scope="session",
     params=["digits_vit", "digits_resnet", "tiny_llama", "tiny_gpt2", "tiny_moe", "tiny_bert"],

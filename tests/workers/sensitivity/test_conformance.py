@@ -1,8 +1,10 @@
 """What every metric promises, on every kind of model."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -14,8 +16,10 @@ from torch import nn
 from search.agreement import spearman
 from search.metrics import METRICS, MetricName
 from search.request import Calibration
+from search.scheme import Scheme
 from tests.workers.sensitivity.dense import evaluator_of
 from tests.workers.sensitivity.support import TinyNet, fill, space_of
+from workers.calibration import Data
 from workers.evaluator import Evaluator, EvaluatorSpec
 from workers.loss import has_labels
 from workers.sensitivity import FILLS, Table
@@ -43,7 +47,40 @@ class WithIdleLayer(TinyNet):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = torch.nn.functional.gelu(self.conv(images)).mean((2, 3))
-        return self.head(x) + 0 * self.idle(x)
+        self.idle(x)
+        return self.head(x)
+
+
+class InPlaceBlock(nn.Module):
+    """Changes its layers' outputs in place, as Falcon and Swin do, and calls one of them by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(input=x)
+        y += x
+        return x + torch.nn.functional.relu_(self.second(torch.nn.functional.gelu(y)))
+
+
+class InPlaceNet(nn.Module):
+    """Blocks of the kind, and a classifier whose weight is tied to a layer of the stem."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(16, 8)
+        self.blocks = nn.ModuleList([InPlaceBlock() for _ in range(3)])
+        self.head, self.again = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.again.weight = self.head.weight
+        self.config = SimpleNamespace(image_size=4, num_channels=1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.stem(images.flatten(1))
+        for block in self.blocks:
+            x = block(x)
+        return self.again(torch.nn.functional.gelu(self.head(x)))
 
 
 def test_every_metric_that_may_be_asked_for_is_described_and_computed() -> None:
@@ -153,6 +190,68 @@ def test_a_layer_that_the_loss_does_not_depend_on_costs_nothing(metric: str) -> 
     if METRICS[metric].evidence not in ("weights", "control"):
         assert values.loc["idle"].abs().max() < 1e-9
         assert (values.loc["head"].abs() > 1e-6).all()
+
+
+@pytest.mark.parametrize("metric", sorted(set(FILLS) - {"size", "weight_mse"}))
+def test_a_net_of_which_no_layer_reaches_the_loss_is_worth_nothing(metric: str) -> None:
+    batch = {"pixel_values": torch.randn(4, 1, 7, 7), "labels": torch.randint(0, 5, (4,))}
+    evaluator = evaluator_of(WithIdleLayer(), batch)
+    table = fill(metric, evaluator, space_of(evaluator, "w3a16", "w3a8", ignore=["conv", "head"]))
+    assert (table.values == 0).all(axis=None)
+
+
+@pytest.fixture(scope="module")
+def in_place() -> Evaluator:
+    torch.manual_seed(0)
+    batch = {"pixel_values": torch.randn(48, 1, 4, 4), "labels": torch.randint(0, 8, (48,))}
+    return evaluator_of(InPlaceNet(), batch)
+
+
+@every_metric
+def test_every_metric_keeps_the_protocol_where_outputs_are_changed_in_place_and_inputs_named(
+    metric: str, in_place: Evaluator
+) -> None:
+    assert_protocol(metric, in_place)
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a4"])
+def test_what_is_measured_of_one_unit_is_what_the_evaluator_measures(scheme: str, in_place: Evaluator) -> None:
+    """Outputs changed in place, a layer called by keyword, and both uses of a tied weight with rounded inputs."""
+    space = space_of(in_place, scheme)
+    found = fill("kl", in_place, space).values[scheme]
+    for unit in space.units:
+        allocation = {layer.name: Scheme.parse(scheme) for layer in unit.layers}
+        measured = in_place.measure(allocation, "calibration")["loss"]
+        in_place.apply({})
+        assert found[unit.name] == pytest.approx(measured, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", ["fisher", "gauss_newton", "hessian_trace", "gradient", "autoscheme"])
+def test_rounded_inputs_of_tied_layers_all_count(metric: str, in_place: Evaluator) -> None:
+    """Two layers with one weight: what rounding their inputs costs is near what it costs as two layers."""
+    apart = copy.deepcopy(in_place.loaded.model)
+    apart.again.weight = nn.Parameter(apart.head.weight.detach().clone())
+    batch = in_place.data.calibration[0]
+    tied, loose = (
+        fill(metric, evaluator, space_of(evaluator, "w8a4")).activation["w8a4"]
+        for evaluator in (in_place, evaluator_of(apart, batch))
+    )
+    assert tied["head"] == pytest.approx(loose["head"] + loose["again"], rel=0.35)
+    assert tied["head"] > 1.05 * loose["head"]
+
+
+@pytest.mark.parametrize("metric", sorted(set(FILLS) - {"hessian_trace", "higgs", "pqi_single", *NEEDS_LABELS}))
+def test_padding_does_not_count(metric: str, bert: Evaluator) -> None:
+    """The same sentences with and without 24 columns of padding; what draws noise has tests of its own for this."""
+    batch = {key: value[:, :8] for key, value in bert.data.calibration[0].items()}
+    padded = {key: torch.nn.functional.pad(value, (0, 24)) for key, value in batch.items()}
+    assert batch["attention_mask"].all()
+    short, long = (Evaluator(copy.deepcopy(bert.loaded), Data([one], [one], "")) for one in (batch, padded))
+    for part in ("weight", "activation"):
+        few, many = (
+            getattr(fill(metric, one, space_of(one, "w4a4", ignore=["*embed*"])), part)["w4a4"] for one in (short, long)
+        )
+        assert many.sum() == pytest.approx(few.sum(), rel=1e-3), part
 
 
 @every_metric

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from search.request import Calibration
-from tests.workers.sensitivity.dense import all_signs, trace_of_weight, traces_of_inputs, twice
-from tests.workers.sensitivity.support import fill, space_of, subject
+from tests.workers.sensitivity.dense import all_signs, evaluator_of, trace_of_weight, traces_of_inputs, twice
+from tests.workers.sensitivity.support import TinyNet, fill, space_of, subject
 from workers.evaluator import Evaluator, EvaluatorSpec
 from workers.sensitivity import backward
 from workers.sensitivity.hessian_trace import PROBE, ROUNDS, Estimate, trace_table
+from workers.sensitivity.hutchinson import Piece
 from workers.sensitivity.rounding import ROUNDING_ERROR
 from workers.tasks import Item, Result, Task
 
@@ -81,13 +83,12 @@ def test_the_inputs_of_a_layer_that_runs_twice_have_a_trace_each(monkeypatch: py
 
 
 @pytest.mark.parametrize("metric", ["hessian_trace", "hessian_trace_labels"])
-def test_a_layer_of_which_the_loss_does_not_depend_is_named(metric: str) -> None:
+def test_a_layer_of_which_the_loss_does_not_depend_is_worth_nothing(metric: str) -> None:
     evaluator = twice()
     table = fill(metric, evaluator, space_of(evaluator, "w3a16", "w4a8"))
     assert (table.values.loc["idle"] == 0).all()
     assert (table.stderr.loc["idle"] == 0).all()
     assert (table.values.drop(index="idle") > 0).all(axis=None)
-    assert "the loss does not depend on idle" in table.notes
 
 
 def test_all_layers_come_from_the_same_passes(tiny: Evaluator) -> None:
@@ -201,3 +202,56 @@ def test_it_says_why_it_stopped(
 def llama(model_folder: Callable[[str], Path], dtype: str = "float32") -> Evaluator:
     source = str(model_folder("tiny_llama"))
     return Evaluator.build(EvaluatorSpec(source, Calibration(samples=8, sequence_length=16), dtype=dtype))
+
+
+def test_padding_counts_neither_in_a_trace_nor_in_a_rounding_error(bert: Evaluator) -> None:
+    """What stands at padded positions has no derivative, and rounding it costs nothing."""
+    name = next(name for name, layer in bert.layers.items() if layer.layer.kind == "linear")
+    tokens, mask = torch.randn(2, 5, 64), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    batch = {"input_ids": mask, "attention_mask": mask}
+    place = (name, 0)
+
+    def piece(x: torch.Tensor) -> Piece:
+        found = Piece(bert, item([], [name], [4], samples=2), 0, batch)
+        found.note_rounding(place, x)
+        found.add(place, found.signs(place, x) * mask[..., None])
+        return found
+
+    quiet, loud = (piece(tokens * torch.where(mask == 1, 1.0, factor)[..., None]).result() for factor in (0.0, 1000.0))
+    assert quiet["a4"][0, 0] > 0
+    assert loud["a4"] == pytest.approx(quiet["a4"])
+    # v·Hv/n is 1 where Hv is v: n counts the tokens that are kept. It is given for a sample's loss, of two.
+    assert quiet["input"][0, 0] == loud["input"][0, 0] == pytest.approx(2.0)
+
+
+class WithoutForwardDerivative(torch.autograd.Function):
+    """x³, as an operation that only goes backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * gradient
+
+
+class Cubes(TinyNet):
+    def __init__(self, cube: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.cube = cube
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.cube(self.conv(images)).mean((2, 3)))
+
+
+def test_an_operation_without_a_forward_derivative_changes_nothing() -> None:
+    tables = []
+    for cube in (lambda x: x**3, WithoutForwardDerivative.apply):
+        torch.manual_seed(0)
+        evaluator = evaluator_of(Cubes(cube), {"pixel_values": torch.randn(4, 1, 7, 7)})
+        tables.append(fill("hessian_trace", evaluator, space_of(evaluator, "w3a16", "w4a4")))
+    np.testing.assert_allclose(tables[0].values, tables[1].values, rtol=1e-3)
+    np.testing.assert_allclose(tables[0].stderr, tables[1].stderr, rtol=1e-3)

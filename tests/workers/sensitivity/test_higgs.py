@@ -95,3 +95,15 @@ def test_the_slope_is_the_least_squares_line_through_the_origin(losses: list[flo
     (expected,), residuals, *_ = np.linalg.lstsq(levels[:, None] ** 2, measured, rcond=None)
     assert alpha == pytest.approx(expected)
     assert variance == pytest.approx(residuals[0] / 2 / (levels**4).sum(), rel=1e-6, abs=1e-9)
+
+
+def test_padding_does_not_count_in_the_rounding_error_of_an_input(bert: Evaluator) -> None:
+    name = next(name for name, layer in bert.layers.items() if layer.layer.kind == "linear")
+    tokens, mask = torch.randn(2, 5, 64), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    errors = []
+    for padding in (torch.ones(64), torch.eye(64)[0]):
+        x = torch.where(mask[..., None] == 1, tokens, padding)
+        response = module._Response(bert, name, {"layers": {name: [4]}, "levels": [0.1], "seed": 0})
+        response._noisy_input(0.1, torch.randn_like, {"attention_mask": mask}, x)
+        errors.append(float(torch.stack(response._errors[4])))
+    assert errors[0] == errors[1] > 0

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from search.scheme import Scheme
 from search.space import Unit
-from workers.evaluator import Evaluator, token_dims
+from workers.calibration import Batch
+from workers.evaluator import Evaluator, kept_tokens, rounds_input, token_dims
+from workers.hooks import removing
 from workers.quantizers.activation import round_activation
 from workers.sensitivity.lrp.relevance import propagate, treatments
 from workers.sensitivity.rounding import rounding_errors, weight_only
@@ -99,7 +101,7 @@ def _relevance(evaluator: Evaluator, item: Item) -> Result:
     plain: set[str] = set()
     result: Result = {"relevance": [], "entering": [], "answer": [], **{f"a{n}": [] for n in item["activation_bits"]}}
     for sample in samples:
-        with _rounded(evaluator, item["inputs"], item["activation_bits"]) as errors:
+        with _rounded(evaluator, item["inputs"], item["activation_bits"], sample) as errors:
             found = propagate(evaluator, item["layers"], sample, treated)
         result["relevance"].append([found.layers[layer] for layer in item["layers"]])
         result["entering"].append(found.entering)
@@ -111,32 +113,37 @@ def _relevance(evaluator: Evaluator, item: Item) -> Result:
 
 
 @contextmanager
-def _rounded(evaluator: Evaluator, layers: list[str], widths: list[int]) -> Iterator[dict[tuple[str, int], float]]:
+def _rounded(
+    evaluator: Evaluator, layers: list[str], widths: list[int], batch: Batch
+) -> Iterator[dict[tuple[str, int], float]]:
     """(layer, width in bits) → ‖Q(x) − x‖² of the inputs within; (layer, 16) → ‖x‖²."""
     errors = {(layer, width): 0.0 for layer in layers for width in (*widths, 16)}
 
     @torch.no_grad()
     def enter(layer: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
+        if (kept := kept_tokens(batch, x)) is not None:
+            x = x * kept
         errors[layer, 16] += float(x.double().square().sum())
         for width in widths:
             change = round_activation(x, width, token_dims(module, x)) - x
             errors[layer, width] += float(change.double().square().sum())
 
-    modules = {layer: evaluator.layers[layer].module for layer in layers}
-    hooks = [module.register_forward_pre_hook(partial(enter, layer)) for layer, module in modules.items()]
-    try:
+    hooks = [
+        module.register_forward_pre_hook(partial(enter, layer))
+        for layer in layers
+        for module in evaluator.modules(layer)
+        if rounds_input(module)
+    ]
+    with removing(hooks):
         yield errors
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _squared_weights(evaluator: Evaluator, item: Item) -> Result:
     return {name: float(evaluator.layers[name].parameter.detach().double().square().sum()) for name in item["layers"]}
 
 
-RELEVANCE = Task("lrp.relevance", 1, _relevance)
+RELEVANCE = Task("lrp.relevance", 2, _relevance)
 """Item: some samples of a batch, layers, those whose inputs are rounded, and to how many bits. Result, by sample:
 each layer's Σ|R| ("relevance"), the relative rounding error of each input ("a8", …), ΣR of the pixels or embeddings
 ("entering"), what was explained ("answer"); and the operations without a rule ("plain_gradient")."""
