@@ -122,8 +122,8 @@ def profile_model(run: Run) -> Profile:
     bounds = cost_bounds(request.budgets.named())
     if loose := described["used_outside"]:
         run.notice(
-            f"the model also uses the weights of {_listed(loose)} outside of their layers: kl, pqi, higgs, gradient and "
-            "autoscheme do not see that use, and predict too little; measured losses do"
+            f"the model also uses the weights of {_listed(loose)} outside of their layers: kl, pqi, higgs, gradient "
+            "and autoscheme do not see that use, and predict too little; measured losses do"
         )
     check_feasible(bounds, costs)
     check_jointly_feasible(costs, bounds)

@@ -39,7 +39,8 @@ ACTIVATIONS = {"schemes": ["w4a16g64", "w8a8", "w8a16g64"], "quantizer": "mse"}
 """A space with a scheme that rounds activations."""
 NOTES = {
     "pqi": [
-        "no loss is predicted at any scheme for pooler.dense: the loss does not depend on it, or rounding hardly changes it"
+        "no loss is predicted at any scheme for pooler.dense: the loss does not depend on it, or rounding hardly "
+        "changes it"
     ],
     "lrp": ["no relevance rule for <Gelu>: its relevance is gradient × input"],
 }
