@@ -26,7 +26,7 @@ def main() -> None:
     minilm = evaluator(str(demo_model.folder()), samples=4, sequence_length=64)
     settling = [row for bits in BITS for row in scan(minilm, bits)]
     del minilm
-    smollm2 = evaluator(str(cache_folder() / SMOLLM2.filename), samples=2, sequence_length=256)
+    smollm2 = evaluator(str(cache_folder() / SMOLLM2.filename), samples=8, sequence_length=256)
     sums = [completeness(smollm2, bits, rule) for bits in BITS for rule in ("midpoint", "gauss_legendre")]
     write(
         "pqi",
@@ -35,7 +35,7 @@ def main() -> None:
         [
             "Symmetric `rtn`, groups of 64, weights only, every layer but a head, tokens of the Python reference. On "
             "the joint path of a scheme the layers' shares are to add up to the measured divergence.",
-            "SmolLM2-135M, 2 × 256 tokens, N = 4:",
+            "SmolLM2-135M, 8 × 256 tokens, N = 4:",
             table(sums),
             "MiniLM, 4 × 64 tokens: error of the shares, Σ|share − exact| ÷ Σ|exact| over layers, in percent (in "
             "brackets that of their sum against the measured change), exact being Gauss–Radau with N = 16:",
