@@ -59,16 +59,20 @@ class Walk:
         self._evaluator = evaluator
         self._block = 0
         self._before: Any = None
+        self._after: Any = None
         self._outputs: dict[str, Tensor] | None = None
 
     def move(self, block: int) -> None:
         """Go on to the input of block `block` (the number of blocks: behind the last)."""
         chain = self._evaluator.chain
         if chain is not None and block > self._block:
-            with self._resumed(1):
-                self._before = chain.output_of(block - 1, partial(self._evaluator.loaded, self.batch))
+            if block == self._block + 1 and self._after is not None:
+                self._before = self._after
+            else:
+                with self._resumed(1):
+                    self._before = chain.output_of(block - 1, partial(self._evaluator.loaded, self.batch))
             self._block = block
-            self._outputs = None
+            self._after = self._outputs = None
 
     def losses(self, variants: Sequence[Variant]) -> list[Tensor]:
         """The loss of every sample for each variant of layers that first run from here on; each (samples,).
@@ -108,7 +112,7 @@ class Walk:
         return {name: output for name, output in self._outputs.items() if order.index(name) < first}
 
     def _outputs_of_block(self) -> dict[str, Tensor]:
-        """Layer → its output, of the next block's layers that run once."""
+        """Layer → its output, of the next block's layers that run once; the block's own output is kept."""
         evaluator, chain = self._evaluator, self._evaluator.chain
         if chain is None or self._block >= len(chain):
             return {}
@@ -126,7 +130,7 @@ class Walk:
             and not layer.layer.aliases
         ]
         with removing(hooks), self._resumed(1):
-            chain.output_of(self._block, partial(evaluator.loaded, self.batch))
+            self._after = chain.output_of(self._block, partial(evaluator.loaded, self.batch))
         return {name: outputs[0] for name, outputs in found.items() if len(outputs) == 1}
 
     def _resumed(self, count: int) -> Any:
