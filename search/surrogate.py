@@ -1,15 +1,208 @@
-"""Predictions corrected by measurements.
+"""What measured configurations say about the predictions: how far off they are, for which choices, and how surely.
 
-Proxies are right about how layers compare and wrong about how precisions compare: a second-order prediction that is
-exact at 6 bits sees a fraction of what 2 bits do. The uniform baselines are measured anyway, and say by how much.
+Proxies are right about how layers compare and wrong about how precisions compare, by how much differs between kinds of
+layers, and predictions add up where damage does not. So of predictions p (units × schemes)
+
+    log loss = (1 + γ)·log Σ_u p_us·exp(θ_us) + noise        θ = Σ of effects, each normal around zero
+
+where effects are shared: by all choices, by those of a scheme, by layers of one kind, by depth, down to a single
+choice. Many effects and few measurements: what is not supported stays near zero. The posterior is normal around its
+mode (Laplace); the spread of the effects and the noise are those that predict each measurement best from all the
+others. Whatever γ, the best allocation under a budget is the knapsack's on p·exp(θ).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
+
+from search.space import Space, Unit
+
+Floats = NDArray[np.float64]
+Choices = NDArray[np.int64]
+"""Configurations × units: scheme indices."""
+
+SPREADS = {"all": 3.0, "scheme": 0.5, "kind": 0.4, "kind, scheme": 0.2, "depth": 0.3, "depth, scheme": 0.15}
+SPREADS |= {"unit": 0.4, "choice": 0.3, "metric": 0.5}
+"""Standard deviations of effects, before all but the first are scaled by one factor."""
+
+POWER_SPREAD = 0.2
+SCALES = (0.3, 0.6, 1.2, 2.4)
+NOISES = (0.02, 0.05, 0.1, 0.2, 0.4)
+"""Factors of the spreads, and standard deviations of the noise, among which the data choose."""
+
+SMALLEST = 1e-3
+"""Of a scheme's median prediction: what counts for a unit that is predicted less, or less than nothing."""
+
+MOST_CHOICES = 20_000
+"""Spaces with more choices have no effects of single units and choices."""
+
+STEPS = 20
+LONGEST_STEP = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Predictions in logarithms, and what their errors have in common.
+
+    `logs` is units × schemes, −inf where nothing is lost. Effect e multiplies by exp(weights[e]·θ[groups[e]]), both
+    effects × units × schemes; `spreads` are those of the θ.
+    """
+
+    logs: Floats
+    groups: NDArray[np.int64]
+    weights: Floats
+    spreads: Floats
+
+    @classmethod
+    def of(cls, space: Space, tables: Mapping[str, Floats]) -> Features:
+        """Of a space and metrics' predictions (units × schemes); their geometric mean is what is corrected.
+
+        Raises ValueError without a table.
+        """
+        if not tables:
+            raise ValueError("a surrogate corrects at least one table")
+        logs = [_logs(table) for table in tables.values()]
+        mean = np.mean(logs, axis=0)
+        shape, lost = mean.shape, np.isfinite(mean)
+        rows, columns = np.indices(shape)
+        kinds = _numbered([_kind(unit) for unit in space.units])[:, None] + 0 * columns
+        depth = np.linspace(-1, 1, shape[0])[:, None] + 0.0 * columns
+        ones, schemes = np.ones(shape), shape[1]
+
+        groups, weights, spreads, count = [], [], [], 0
+
+        def effect(name: str, group: NDArray[np.int64], weight: Floats) -> None:
+            nonlocal count
+            groups.append(group + count)
+            weights.append(np.where(lost, weight, 0.0))
+            spreads.append(np.full(int(group.max()) + 1, SPREADS[name]))
+            count += len(spreads[-1])
+
+        effect("all", 0 * rows, ones)
+        effect("scheme", columns, ones)
+        effect("kind", kinds, ones)
+        effect("kind, scheme", kinds * schemes + columns, ones)
+        for power in (1, 2):
+            effect("depth", 0 * rows, depth**power)
+            effect("depth, scheme", columns, depth**power)
+        if mean.size <= MOST_CHOICES:
+            effect("unit", rows, ones)
+            effect("choice", rows * schemes + columns, ones)
+        for one in logs if len(logs) > 1 else []:
+            apart = np.where(lost, one - np.where(lost, mean, 0.0), 0.0)
+            effect("metric", 0 * rows, apart - apart[lost].mean())
+        return cls(mean, np.array(groups), np.array(weights), np.concatenate(spreads))
+
+    def corrected(self, effects: Floats) -> Floats:
+        """log p + θ of every choice."""
+        logs: Floats = self.logs + (self.weights * effects[self.groups]).sum(axis=0)
+        return logs
+
+
+@dataclass(frozen=True, slots=True)
+class Surrogate:
+    """The posterior given some measured configurations.
+
+    `mode` holds the effects and, last, γ; `jacobian` (measurements × parameters) and `factor` (the Cholesky factor of
+    the measurements' covariance) are those at the mode. `score` is the mean log density of each measurement predicted
+    from all the others.
+    """
+
+    features: Features
+    spreads: Floats
+    noise: float
+    mode: Floats
+    jacobian: Floats
+    factor: Floats
+    score: float
+
+    @classmethod
+    def fit(cls, features: Features, choices: Choices, losses: Floats) -> Surrogate:
+        """Of measured losses; those that are not above zero have no logarithm and tell nothing.
+
+        The spreads and the noise are the best by `score`.
+        """
+        told = losses > 0
+        fits = [
+            cls._fit(features, choices[told], np.log(losses[told]), scale, noise)
+            for scale, noise in product(SCALES, NOISES)
+        ]
+        return max(fits, key=lambda one: one.score)
+
+    @classmethod
+    def _fit(cls, features: Features, choices: Choices, observed: Floats, scale: float, noise: float) -> Surrogate:
+        """Gauss–Newton steps to the mode."""
+        shared = features.spreads == SPREADS["all"]
+        spreads = np.append(np.where(shared, 1.0, scale) * features.spreads, POWER_SPREAD * scale)
+        self = cls(features, spreads, noise, np.zeros(len(spreads)), np.zeros((0, 0)), np.zeros((0, 0)), -np.inf)
+        for _ in range(STEPS):
+            predicted, jacobian = self._linearized(choices)
+            covariance = (jacobian * spreads**2) @ jacobian.T + noise**2 * np.eye(len(observed))
+            errors = observed - predicted + jacobian @ self.mode
+            step = spreads**2 * (jacobian.T @ np.linalg.solve(covariance, errors)) - self.mode
+            longest = float(np.abs(step).max(initial=0.0))
+            self = replace(self, mode=self.mode + step * min(1.0, LONGEST_STEP / max(longest, 1e-300)))
+            if longest < 1e-4:
+                break
+        predicted, jacobian = self._linearized(choices)
+        covariance = (jacobian * spreads**2) @ jacobian.T + noise**2 * np.eye(len(observed))
+        inverse = np.linalg.inv(covariance)
+        # Each measurement given all the others, in closed form (Rasmussen & Williams, eq. 5.10–5.12).
+        variances = 1 / np.diag(inverse)
+        errors = variances * (inverse @ (observed - predicted + jacobian @ self.mode))
+        densities = -0.5 * np.log(2 * np.pi * variances) - errors**2 / (2 * variances)
+        score = float(densities.mean()) if len(densities) else 0.0
+        return replace(self, jacobian=jacobian, factor=np.linalg.cholesky(covariance), score=score)
+
+    @property
+    def table(self) -> Floats:
+        """The corrected predictions, units × schemes: what an allocation is chosen by."""
+        return np.exp(self.features.corrected(self.mode[:-1]))
+
+    def predict(self, choices: Choices) -> tuple[Floats, Floats]:
+        """Mean and standard deviation of log loss, of what a measurement would give."""
+        mean, jacobian = self._linearized(choices)
+        prior = jacobian * self.spreads**2
+        known = np.linalg.solve(self.factor, self.jacobian @ prior.T)
+        variance = (prior * jacobian).sum(axis=1) - (known**2).sum(axis=0)
+        return mean, np.sqrt(variance.clip(min=0) + self.noise**2)
+
+    def draw(self, generator: np.random.Generator) -> Floats:
+        """A table of the posterior."""
+        return np.exp(self.features.corrected(self._parameters(generator)[:-1]))
+
+    def _parameters(self, generator: np.random.Generator) -> Floats:
+        """Drawn from the posterior by Matheron's rule: a draw of the prior, corrected by what it gets wrong."""
+        drawn = generator.normal(size=len(self.spreads)) * self.spreads
+        wrong = self.jacobian @ drawn + generator.normal(size=len(self.jacobian)) * self.noise
+        settled = np.linalg.solve(self.factor.T, np.linalg.solve(self.factor, wrong))
+        parameters: Floats = self.mode + drawn - self.spreads**2 * (self.jacobian.T @ settled)
+        return parameters
+
+    def _linearized(self, choices: Choices) -> tuple[Floats, Floats]:
+        """log loss of configurations, and its derivatives with respect to the parameters."""
+        count, units = choices.shape
+        at = np.arange(units), choices
+        logs = self.features.corrected(self.mode[:-1])[at]
+        largest = logs.max(axis=1, keepdims=True).clip(min=-700)
+        shares = np.exp(logs - largest)
+        totals = shares.sum(axis=1, keepdims=True).clip(min=1e-300)
+        log_totals = (largest + np.log(totals))[:, 0]
+        shares /= totals
+        power, width = 1 + self.mode[-1], len(self.mode)
+        first = np.arange(count)[:, None] * width
+        jacobian = np.zeros(count * width)
+        for group, weight in zip(self.features.groups, self.features.weights, strict=True):
+            jacobian += np.bincount((first + group[at]).ravel(), (power * shares * weight[at]).ravel(), count * width)
+        derivatives = jacobian.reshape(count, width)
+        derivatives[:, -1] = log_totals
+        return power * log_totals, derivatives
 
 
 def scheme_factors(
@@ -26,3 +219,21 @@ def scheme_factors(
         if np.isfinite(total) and total > 0 and loss > 0:
             factors[column] = loss / total
     return factors
+
+
+def _logs(table: Floats) -> Floats:
+    """With a floor for what is predicted too small; −inf where exactly nothing is lost or a choice is closed."""
+    open_ = np.isfinite(table) & (table != 0)
+    positive = np.where(open_ & (table > 0), table, np.nan)
+    floors = [SMALLEST * np.nanmedian(column) if np.isfinite(column).any() else 1e-300 for column in positive.T]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(open_, np.log(np.maximum(table, floors)), -np.inf)
+
+
+def _kind(unit: Unit) -> str:
+    """What units at the same place of different blocks have in common."""
+    return f"{unit.layers[0].kind} {re.sub(r'[0-9]+', '#', unit.name)}"
+
+
+def _numbered(names: list[str]) -> NDArray[np.int64]:
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
