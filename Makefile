@@ -41,7 +41,7 @@ bench-hessian: $(VENV)/.dev ## Time the probes of the Hessian trace (fetches 93 
 bench-minilm: $(VENV)/.dev ## Time a full search on MiniLM (takes 3 minutes)
 	$(BIN)/python -m benchmarks.minilm
 
-bench-pqi: $(VENV)/.dev ## Completeness and error of post-quantization integrals (fetches 93 MB, takes 20 minutes)
+bench-pqi: $(VENV)/.dev ## Completeness and error of post-quantization integrals (fetches 93 MB, takes 12 minutes)
 	$(BIN)/python scripts/fetch_models.py
 	MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 $(BIN)/python -m benchmarks.pqi
 

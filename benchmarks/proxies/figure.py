@@ -23,8 +23,8 @@ text { font: 13px system-ui, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #1d
 
 
 def draw_figure(panels: Mapping[str, Sequence[Result]], ceiling: str, controls: Sequence[str]) -> str:
-    """SVG text: a panel for each model, a row for each predictor, best on average first and controls last; the
-    ceiling's interval is shaded."""
+    """SVG text: a panel for each model, a row for each predictor, best on average first, those that some models
+    leave out and controls last; the ceiling's interval is shaded."""
     found = {title: {one.predictor: one.spearman for one in results} for title, results in panels.items()}
     rows = _ordered(found, ceiling, controls)
     width = LABELS + len(panels) * (PANEL + GAP) + 10
@@ -55,11 +55,12 @@ def draw_figure(panels: Mapping[str, Sequence[Result]], ceiling: str, controls: 
 def _ordered(found: Mapping[str, Mapping[str, Agreement | None]], ceiling: str, controls: Sequence[str]) -> list[str]:
     names = {name for values in found.values() for name in values} - {ceiling, *controls}
 
-    def mean(name: str) -> float:
+    def place(name: str) -> tuple[int, float, str]:
+        """A mean over some of the models only is not to be compared with one over all."""
         values = [one.value for values in found.values() if (one := values.get(name))]
-        return sum(values) / len(values) if values else -1.0
+        return -len(values), -sum(values) / max(len(values), 1), name
 
-    return [*sorted(names, key=lambda name: (-mean(name), name)), *controls]
+    return [*sorted(names, key=place), *controls]
 
 
 def _panel(
