@@ -18,6 +18,7 @@ def main() -> None:
         model="minilm",
         space={"schemes": SCHEMES, "ignore": ["embeddings.*"]},
         budgets={"avg_bits": 8.25},
+        sensitivity=["hessian_trace", "kl"],
         optimizer={"points": 20, "evaluations": 20},
     )
     rows: list[dict[str, object]] = [

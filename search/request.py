@@ -107,7 +107,7 @@ class SearchRequest(_Strict):
                     "calibration": {"dataset": "python-docs", "samples": 32, "sequence_length": 128, "seed": 0},
                     "space": {"schemes": ["w4a16g64", "w6a16g64", "w8a16g64"], "quantizer": "mse"},
                     "budgets": {"avg_bits": 5.25, "size_mb": 40},
-                    "sensitivity": ["hessian_trace", "kl"],
+                    "sensitivity": ["fisher", "kl"],
                     "optimizer": {"method": "auto", "points": 20, "evaluations": 64},
                 },
             ]
@@ -121,7 +121,7 @@ class SearchRequest(_Strict):
     calibration: Calibration = Field(default_factory=Calibration)
     space: SpaceRequest = Field(default_factory=SpaceRequest)
     budgets: Budgets
-    sensitivity: tuple[MetricName, ...] = Field(("hessian_trace", "kl"), min_length=1)
+    sensitivity: tuple[MetricName, ...] = Field(("fisher", "kl"), min_length=1)
     """Metrics that predict the loss; each fills its own table and proposes its own configurations."""
     optimizer: Optimizer = Field(default_factory=Optimizer)
 

@@ -342,10 +342,13 @@ def tell_if_nothing_fits(run: Run, candidates: Sequence[Candidate]) -> None:
 
 
 def agreement(candidates: Sequence[Candidate]) -> dict[str, dict[str, float | int | None]]:
-    """Rank correlation of each metric's predictions with the measured losses."""
-    measured = [candidate for candidate in candidates if candidate.loss is not None]
+    """Rank correlation of each metric's predictions with the measured losses.
+
+    Without the uniform baselines: their measurements have corrected the predictions.
+    """
+    measured = [one for one in candidates if one.loss is not None and one.source != "uniform"]
     losses = [candidate.loss for candidate in measured if candidate.loss is not None]
-    metrics = measured[0].predicted if measured else {}
+    metrics = candidates[0].predicted if candidates else {}
     return {
         metric: {
             "spearman": spearman([candidate.predicted[metric] for candidate in measured], losses),

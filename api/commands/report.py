@@ -67,8 +67,9 @@ def frontier_table(frontier: dict[str, Any], model: str) -> Table:
     extra = [name for name in ("perplexity", "accuracy") if any(name in point["metrics"] for point in rows)]
     title = f"{model}: measured frontier"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left", title_style="bold")
-    table.add_column("point", justify="right")
-    table.add_column("configuration", no_wrap=True)
+    # `export --point` needs the number: where the terminal is narrow, the configuration's name gives way.
+    table.add_column("point", justify="right", no_wrap=True, min_width=5)
+    table.add_column("configuration", overflow="ellipsis", no_wrap=True)
     for name in resources:
         table.add_column(RESOURCES[name].unit, justify="right", no_wrap=True)
     for name in ("loss", *extra):

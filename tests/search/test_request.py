@@ -14,7 +14,7 @@ def ask(**changes: object) -> SearchRequest:
 def test_a_model_and_a_budget_suffice() -> None:
     request = ask()
     assert request.budgets.named() == {"avg_bits": 4.25}
-    assert request.sensitivity == ("hessian_trace", "kl")
+    assert request.sensitivity == ("fisher", "kl")
 
 
 def test_the_examples_in_the_documentation_are_valid() -> None:

@@ -21,5 +21,5 @@ def weight_mse(compute: Compute, subject: Subject) -> Table:
         return Entry(errors[layer][weight_only(scheme)] if scheme.quantizes_weights else 0.0)
 
     rounds = any(scheme.quantizes_activations for scheme in space.schemes)
-    notes = ["weight_mse sees no activations: schemes that round them count as those that do not"] if rounds else []
+    notes = ["rounded activations are not seen: schemes that round them count as those that do not"] if rounds else []
     return Table.of(space, sum_of_layers(entry), notes=notes)

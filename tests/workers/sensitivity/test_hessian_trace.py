@@ -197,6 +197,7 @@ def test_it_says_why_it_stopped(
     table = trace_table(compute, subject(tiny, space), PROBE, ROUNDS)
     assert table.details["stopped"] == stopped
     assert table.details["probes_per_sample"] == probes
+    assert any("stopped at the most probes" in note for note in table.notes) == (stopped == "most probes")
 
 
 def llama(model_folder: Callable[[str], Path], dtype: str = "float32") -> Evaluator:

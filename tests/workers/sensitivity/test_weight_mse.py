@@ -23,7 +23,7 @@ def test_weight_mse_is_the_squared_distance_of_the_weights_that_are_applied(tiny
 def test_rounded_activations_are_not_seen_and_that_is_said(tiny: Evaluator) -> None:
     table = fill("weight_mse", tiny, space_of(tiny, "w4a8", "w4a16"))
     assert table.values["w4a8"].equals(table.values["w4a16"].rename("w4a8"))
-    assert "sees no activations" in table.notes[0]
+    assert "activations are not seen" in table.notes[0]
     assert fill("weight_mse", tiny, space_of(tiny, "w4a16")).notes == ()
 
 
