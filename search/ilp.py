@@ -1,4 +1,4 @@
-"""Integer program: the least predicted loss under any number of budgets; a single one is a knapsack.
+"""Integer program: the least predicted loss under any number of budgets; a single one is a knapsack, several are priced.
 
     min Σ_us loss_us·x_us   such that   Σ_s x_us = 1 for every unit u,   constant + Σ_us cost_us·x_us ≤ limit per budget
 
@@ -8,6 +8,7 @@ by PuLP and HiGHS, as HAWQ-V3 (Yao et al., 2011.10680, §3.4) allocates bits.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 import numpy as np
 import pulp
@@ -18,6 +19,7 @@ from search.budget import BUDGETS, TOLERANCE, Bound
 from search.cost import Cost, Resource
 from search.errors import InfeasibleBudget
 from search.knapsack import GAP, Solution, Status
+from search.lagrangian import allocate, price
 
 OBJECTIVE_SCALE = 1000.0
 """The relaxation's objective is scaled to this: solvers stop at absolute tolerances, and losses may be far below 1."""
@@ -29,46 +31,53 @@ def solve(
     bounds: Sequence[Bound],
     *,
     time_limit: float = 10.0,
+    prove: bool = True,
 ) -> Solution:
     """The allocation of least predicted loss within `bounds`.
 
     `loss` is units × schemes; a scheme is open to a unit where its costs are finite. `time_limit` is in seconds.
+    Without `prove`, what prices find near at once, with its gap; only where they find nothing is the program solved.
     """
     tables = [costs[bound.resource] for bound in bounds]
     open_ = np.isfinite(loss)
     for cost in costs.values():
         open_ = open_ & np.isfinite(cost.table)
     if len(bounds) == 1:
-        found = knapsack.solve(np.where(open_, loss, np.inf), tables[0].table, _capacity(bounds[0], tables[0]))
-        if found.status != "feasible":
+        capacity = _capacity(bounds[0], tables[0])
+        found = knapsack.solve(np.where(open_, loss, np.inf), tables[0].table, capacity, prove=prove)
+        if found.status != "feasible" or not prove:
             return found
     open_ &= ~_dominated(loss, [cost.table for cost in tables], open_)
     if not open_.any(axis=1).all():
         return Solution("infeasible")
 
-    relaxed = _Program(loss, open_, tables, bounds, scale=_spread(loss, open_))
-    status = relaxed.solve(mip=False, time_limit=time_limit)
-    if status != "optimal":
-        return Solution(status)
-    bound = relaxed.objective()
-    rounded = relaxed.rounded(tables)
-    if _fits(rounded, tables, bounds):
-        # Reduced-cost fixing: a choice whose reduced cost exceeds the gap cannot be part of a better allocation.
-        gap = float(loss[np.arange(len(rounded)), rounded].sum()) - bound
-        open_ = open_ & (relaxed.reduced_costs() <= gap + GAP * abs(bound))
-        open_[np.arange(len(rounded)), rounded] = True
+    within, costs_of = np.where(open_, loss, np.inf), np.stack([cost.table for cost in tables])
+    capacities = np.array([_capacity(bound, cost) for bound, cost in zip(bounds, tables, strict=True)])
+    pricing = price(within, costs_of, capacities)
+    known = allocate(pricing, within, np.where(open_, costs_of, np.inf), capacities)
+    if known is not None and _fits(known, tables, bounds):
+        total = float(loss[np.arange(len(known)), known].sum())
+        if total - pricing.bound <= GAP * abs(pricing.bound):
+            return Solution("optimal", known, total, min(pricing.bound, total))
+        if not prove:
+            return Solution("feasible", known, total, pricing.bound)
+        # A choice that loses more than the gap above its unit's least cannot be part of a better allocation.
+        open_ &= pricing.reduced <= (total - pricing.bound) + GAP * abs(pricing.bound)
+        open_[np.arange(len(known)), known] = True
+    else:
+        known = None
 
-    spread = _spread(loss, open_)
-    scale = OBJECTIVE_SCALE / abs(bound) if abs(bound) * spread > 1e-6 else spread
-    exact = _Program(loss, open_, tables, bounds, scale=scale)
-    status = exact.solve(mip=True, time_limit=time_limit)
-    if status in ("infeasible", "unsolved"):
-        return Solution(status, bound=bound)
-    choice = exact.choice()
+    exact = _Program(loss, open_, tables, bounds)
+    status = exact.solve(time_limit)
+    if status == "infeasible" and known is None:
+        return Solution(status)
+    choice = exact.choice() if status in ("optimal", "feasible") else None
     if choice is None or not _fits(choice, tables, bounds):
-        return Solution("unsolved", bound=bound)
+        choice, status = known, "feasible" if known is not None else "unsolved"
+    if choice is None:
+        return Solution(status, bound=pricing.bound)
     total = float(loss[np.arange(len(choice)), choice].sum())
-    return Solution(status, choice, total, total if status == "optimal" else bound)
+    return Solution(status, choice, total, total if status == "optimal" else min(pricing.bound, total))
 
 
 def frontier(
@@ -149,49 +158,39 @@ def _dominated(
     return dominated
 
 
-def _spread(loss: NDArray[np.float64], open_: NDArray[np.bool_]) -> float:
-    largest = float(np.abs(loss[open_]).max())
-    return OBJECTIVE_SCALE / largest if largest > 0 else 1.0
-
-
 class _Program:
-    """One PuLP problem over the open choices, its objective and budgets scaled for the solver."""
+    """A PuLP problem over the units that have several open choices, its objective and budgets scaled for the solver."""
 
     def __init__(
-        self,
-        loss: NDArray[np.float64],
-        open_: NDArray[np.bool_],
-        tables: Sequence[Cost],
-        bounds: Sequence[Bound],
-        scale: float,
+        self, loss: NDArray[np.float64], open_: NDArray[np.bool_], tables: Sequence[Cost], bounds: Sequence[Bound]
     ) -> None:
-        self._scale = scale
-        self._shape = loss.shape
-        self._at = [(int(u), int(s)) for u, s in np.argwhere(open_)]
+        self._settled = open_.argmax(axis=1)
+        units = np.flatnonzero(open_.sum(axis=1) > 1)
+        self._at = [(int(u), int(s)) for u in units for s in np.flatnonzero(open_[u])]
         self._problem = pulp.LpProblem("allocation", pulp.LpMinimize)
         self._x = [self._problem.add_variable(f"x_{u}_{s}", cat=pulp.LpBinary) for u, s in self._at]
-        self._problem += pulp.LpAffineExpression(
-            (x, float(loss[at]) * scale) for x, at in zip(self._x, self._at, strict=True)
-        )
-        rows: list[list[pulp.LpVariable]] = [[] for _ in range(loss.shape[0])]
-        for x, (unit, _) in zip(self._x, self._at, strict=True):
-            rows[unit].append(x)
-        for row in rows:
-            self._problem += pulp.LpAffineExpression((x, 1) for x in row) == 1
+        # Only differences matter: those of each unit from its least.
+        losses = np.array([loss[u, s] - loss[u, open_[u]].min() for u, s in self._at])
+        self._problem += self._sum(losses * OBJECTIVE_SCALE / max(losses.max(initial=0.0), 1e-300))
+        for _, row in groupby(zip(self._x, self._at, strict=True), lambda pair: pair[1][0]):
+            self._problem += pulp.LpAffineExpression((x, 1) for x, _ in row) == 1
+        self._rooms: list[float] = []
+        others = np.setdiff1d(np.arange(len(loss)), units)
         for bound, cost in zip(bounds, tables, strict=True):
-            # In thousandths of the room that the budget leaves, so that feasibility tolerances are relative to it.
-            room = max(_capacity(bound, cost), 1e-300)
-            self._problem += (
-                pulp.LpAffineExpression(
-                    (x, float(cost.table[at]) / room * 1000) for x, at in zip(self._x, self._at, strict=True)
-                )
-                <= 1000
-            )
+            room = _capacity(bound, cost) - cost.table[others, self._settled[others]].sum()
+            self._rooms.append(room)
+            costs = np.array([cost.table[at] for at in self._at])
+            # In thousandths of the costs that are still open, so that feasibility tolerances are relative to them.
+            scale = 1000 / max(np.abs(costs).max(initial=0.0), abs(room), 1e-300)
+            self._problem += self._sum(costs * scale) <= room * scale
 
-    def solve(self, *, mip: bool, time_limit: float) -> Status:
-        solver = pulp.HiGHS(
-            mip=mip, msg=False, timeLimit=time_limit, gapRel=GAP, threads=1, mip_feasibility_tolerance=1e-9
-        )
+    def _sum(self, factors: NDArray[np.float64]) -> pulp.LpAffineExpression:
+        return pulp.LpAffineExpression((x, float(factor)) for x, factor in zip(self._x, factors, strict=True))
+
+    def solve(self, time_limit: float) -> Status:
+        if not self._x:
+            return "optimal" if min(self._rooms) >= 0 else "infeasible"
+        solver = pulp.HiGHS(msg=False, timeLimit=time_limit, gapRel=GAP, threads=1, mip_feasibility_tolerance=1e-9)
         self._problem.solve(solver)
         # PuLP calls a time-out "Optimal": only sol_status tells them apart.
         return {
@@ -200,30 +199,12 @@ class _Program:
             pulp.LpSolutionInfeasible: "infeasible",
         }.get(self._problem.sol_status, "unsolved")  # type: ignore[return-value]
 
-    def objective(self) -> float:
-        return float(pulp.value(self._problem.objective)) / self._scale
-
-    def rounded(self, tables: Sequence[Cost]) -> NDArray[np.int64]:
-        """The relaxation with each fractional unit at the cheapest of its fractions."""
-        value = np.zeros(self._shape)
-        for x, at in zip(self._x, self._at, strict=True):
-            value[at] = x.varValue or 0.0
-        price = sum((cost.table / max(cost.largest, 1e-300) for cost in tables), np.zeros(self._shape))
-        cheapest: NDArray[np.int64] = np.where(value > 1e-6, price, np.inf).argmin(axis=1).astype(np.int64)
-        return cheapest
-
-    def reduced_costs(self) -> NDArray[np.float64]:
-        """In units of the loss; 0 for closed choices."""
-        reduced = np.zeros(self._shape)
-        for x, at in zip(self._x, self._at, strict=True):
-            reduced[at] = (x.dj or 0.0) / self._scale
-        return reduced
-
     def choice(self) -> NDArray[np.int64] | None:
-        chosen = np.zeros(self._shape)
-        for x, at in zip(self._x, self._at, strict=True):
-            chosen[at] = x.varValue or 0.0
-        if not np.allclose(chosen.sum(axis=1), 1, atol=1e-4) or (np.abs(chosen - chosen.round()) > 1e-4).any():
-            return None
-        choice: NDArray[np.int64] = chosen.argmax(axis=1).astype(np.int64)
+        """The schemes chosen; None where the solver's answer is not integral."""
+        choice: NDArray[np.int64] = self._settled.copy()
+        for x, (unit, scheme) in zip(self._x, self._at, strict=True):
+            if abs((x.varValue or 0.0) - round(x.varValue or 0.0)) > 1e-4:
+                return None
+            if (x.varValue or 0.0) > 0.5:
+                choice[unit] = scheme
         return choice

@@ -17,6 +17,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from search.lagrangian import filled
+
 Floats = NDArray[np.float64]
 Choice = NDArray[np.int64]
 """A scheme index for every unit."""
@@ -28,9 +30,6 @@ GAP = 1e-6
 
 MOST_STATES = 200_000
 """Dynamic programming gives up beyond: what it has found stands, with its gap."""
-
-MOST_FILLS = 32
-"""Single switches that fill what rounding the relaxation down leaves of a capacity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +145,7 @@ def solve(
     k = relaxation.at(capacity)
     if k < 0:
         return Solution("infeasible")
-    choice = _filled(relaxation.choice(k), loss, cost, capacity)
+    choice = filled(relaxation.choice(k), loss, cost[None], np.array([capacity]))
     bound = relaxation.bound(capacity)
     total = _total(loss, choice)
     if total - bound <= GAP * abs(bound):
@@ -165,20 +164,6 @@ def frontier(loss: Floats, cost: Floats, capacities: Iterable[float], *, prove: 
 
 def _total(table: Floats, choice: Choice) -> float:
     return float(table[np.arange(len(choice)), choice].sum())
-
-
-def _filled(choice: Choice, loss: Floats, cost: Floats, capacity: float) -> Choice:
-    """Switch one unit after the other, the one that saves most of those that fit."""
-    rows, room = np.arange(len(choice)), capacity - _total(cost, choice)
-    for _ in range(MOST_FILLS):
-        extra = cost - cost[rows, choice][:, None]
-        saved = np.where(extra <= room, loss[rows, choice][:, None] - loss, -np.inf)
-        unit, scheme = np.unravel_index(saved.argmax(), saved.shape)
-        if not saved[unit, scheme] > 0:
-            break
-        room -= extra[unit, scheme]
-        choice[unit] = scheme
-    return choice
 
 
 def _improved(known: Solution, loss: Floats, cost: Floats, capacity: float, price: float) -> Solution:

@@ -14,6 +14,7 @@ from search.budget import Bound
 from search.cost import Cost
 from search.errors import InfeasibleBudget
 from search.ilp import check_jointly_feasible, frontier, solve
+from search.lagrangian import allocate, price
 
 Table = NDArray[np.float64]
 HAWQ = json.loads((Path(__file__).parents[1] / "data" / "hawq_v3_resnet18.json").read_text())
@@ -47,7 +48,7 @@ def enumerate_best(loss: Table, costs: dict[str, Cost], bounds: list[Bound]) -> 
     return min(totals, default=None)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(problems())
 def test_the_solution_is_the_best_of_all_allocations(problem: tuple[Table, dict[str, Cost], list[Bound]]) -> None:
     loss, costs, bounds = problem
@@ -149,3 +150,47 @@ def test_contradictory_budgets_are_refused_with_what_each_could_be() -> None:
     accepted = refused.value.problem()["accepted"]["minimum_given_the_others"]
     assert accepted == {"size_mb": pytest.approx(3.0), "gbitops": pytest.approx(3.0)}
     check_jointly_feasible(costs, [bounds[0], Bound("gbitops", "bitops", 3e9)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems())
+def test_prices_prove_a_bound_and_find_what_fits(problem: tuple[Table, dict[str, Cost], list[Bound]]) -> None:
+    """However odd the problem; and no allocation loses less than the bound and what its choices lose above it."""
+    loss, costs, bounds = problem
+    best = enumerate_best(loss, costs, bounds)
+    tables = [costs[bound.resource] for bound in bounds]
+    open_ = np.isfinite(np.stack([cost.table for cost in costs.values()])).all(axis=0)
+    within, priced = np.where(open_, loss, np.inf), np.stack([cost.table for cost in tables])
+    capacities = np.array([bound.limit - cost.constant for bound, cost in zip(bounds, tables, strict=True)])
+    found = price(within, priced, capacities)
+    slack = 1e-9 * np.abs(loss).max()
+    choice = allocate(found, within, priced, capacities)
+    if best is None:
+        assert choice is None
+        return
+    assert found.bound <= best + slack
+    assert (found.prices >= 0).all()
+    if choice is not None:
+        rows = np.arange(len(loss))
+        assert (priced[:, rows, choice].sum(axis=1) <= capacities * (1 + 1e-12)).all()
+        assert found.bound + found.reduced[rows, choice].sum() <= loss[rows, choice].sum() + slack
+
+
+def test_three_budgets_on_two_thousand_units_are_near_without_a_proof() -> None:
+    rng, bits, units = np.random.default_rng(0), np.linspace(2, 8, 8), 2000
+    size = rng.lognormal(0, 1, units)
+    loss = rng.lognormal(-6, 2, units)[:, None] * 4.0**-bits * rng.lognormal(0, 0.2, (units, 8))
+    tables = {
+        "size_bytes": size[:, None] * bits,
+        "bitops": (size * rng.lognormal(0, 0.7, units))[:, None] * bits,
+        "avg_bits": rng.lognormal(0, 0.5, units)[:, None] * (1 + bits * rng.lognormal(0, 0.1, (units, 8))),
+    }
+    costs = {name: Cost(name, table, 0.0) for name, table in tables.items()}
+    bounds = [
+        Bound(name, name, cost.smallest + reach * (cost.largest - cost.smallest))
+        for (name, cost), reach in zip(costs.items(), (0.4, 0.42, 0.45), strict=True)
+    ]
+    found = solve(loss, costs, bounds, prove=False)
+    assert found.choice is not None
+    assert found.gap <= 1e-4
+    assert all(bound.admits(costs[bound.resource].total(found.choice)) for bound in bounds)
