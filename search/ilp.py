@@ -1,8 +1,9 @@
-"""Integer program: the least predicted loss under any number of budgets; a single one is a knapsack, several are priced.
+"""Integer program: the least predicted loss under any number of budgets.
 
     min Σ_us loss_us·x_us   such that   Σ_s x_us = 1 for every unit u,   constant + Σ_us cost_us·x_us ≤ limit per budget
 
-by PuLP and HiGHS, as HAWQ-V3 (Yao et al., 2011.10680, §3.4) allocates bits.
+as HAWQ-V3 (Yao et al., 2011.10680, §3.4) allocates bits. One budget is a knapsack. With several, prices close what no
+better allocation can take, and PuLP with HiGHS solves what stays open.
 """
 
 from __future__ import annotations
