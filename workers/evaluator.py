@@ -61,6 +61,9 @@ class Evaluator:
         self._grids: dict[tuple[str, Scheme], Grid] = {}
         self._applied: dict[str, Scheme] = {}
         self._references: dict[tuple[str, int], Any] = {}
+        self.reached: dict[tuple[str, int], tuple[int, Any]] = {}
+        """(split, batch) → a number of blocks and the output of the last of them at full precision: where a walk of
+        `sensitivity.variants` stopped, and the next one may go on."""
         for name in self.layers:
             for module in self.modules(name):
                 module.register_forward_pre_hook(_by_position(module), with_kwargs=True)

@@ -57,6 +57,7 @@ class Walk:
         self.batch = evaluator.batches(split)[index]
         self.reference = evaluator.reference(split, index)
         self._evaluator = evaluator
+        self._key = (split, index)
         self._block = 0
         self._before: Any = None
         self._after: Any = None
@@ -64,15 +65,24 @@ class Walk:
 
     def move(self, block: int) -> None:
         """Go on to the input of block `block` (the number of blocks: behind the last)."""
+        if self._evaluator.chain is None or block <= self._block:
+            return
+        reached, output = self._evaluator.reached.get(self._key, (0, None))
+        if self._block < reached <= block:
+            self._block, self._before, self._after = reached, output, None
+        if block > self._block:
+            self._before = self._output_before(block)
+        self._block = block
+        self._after = self._outputs = None
+        self._evaluator.reached[self._key] = (block, self._before)
+
+    def _output_before(self, block: int) -> Any:
         chain = self._evaluator.chain
-        if chain is not None and block > self._block:
-            if block == self._block + 1 and self._after is not None:
-                self._before = self._after
-            else:
-                with self._resumed(1):
-                    self._before = chain.output_of(block - 1, partial(self._evaluator.loaded, self.batch))
-            self._block = block
-            self._after = self._outputs = None
+        assert chain is not None
+        if block == self._block + 1 and self._after is not None:
+            return self._after
+        with self._resumed(1):
+            return chain.output_of(block - 1, partial(self._evaluator.loaded, self.batch))
 
     def losses(self, variants: Sequence[Variant]) -> list[Tensor]:
         """The loss of every sample for each variant of layers that first run from here on; each (samples,).

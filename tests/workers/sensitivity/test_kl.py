@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,9 +14,10 @@ from search.scheme import Scheme
 from search.space import Space, Unit
 from tests.workers.sensitivity.support import compute_on, fill, space_of
 from workers.evaluator import Evaluator
+from workers.hooks import removing
 from workers.sensitivity import variants
 from workers.sensitivity.kl import DIVERGENCE, items
-from workers.sensitivity.variants import Variant, Walk
+from workers.sensitivity.variants import Variant, Walk, _first
 from workers.tasks import Result
 
 
@@ -124,3 +126,26 @@ def test_stretches_cover_the_network_in_order_and_cost_about_the_same(blocks: in
     assert len(stretches) <= variants.STRETCHES
     costs = [sum(blocks - row // 2 for row in stretch) for stretch in stretches]
     assert max(costs) <= sum(costs) / variants.STRETCHES + 2 * blocks
+
+
+@torch.no_grad()
+def test_a_walk_goes_on_where_the_last_one_on_its_batch_stopped(minilm: Evaluator) -> None:
+    """Another stretch of the network runs no block before it again, and finds the same input."""
+    chain = minilm.chain
+    assert chain is not None
+    minilm.reached.clear()
+    Walk(minilm, 0).move(4)
+    ran: list[str | None] = []
+    hooks = [
+        weighted.module.register_forward_pre_hook(lambda *_, block=weighted.layer.block: ran.append(block))
+        for weighted in minilm.layers.values()
+        if weighted.layer.block
+    ]
+    walk = Walk(minilm, 0)
+    with removing(hooks):
+        walk.move(5)
+    assert set(ran) == {chain.names[4]}
+    expected = chain.output_of(4, lambda: minilm.loaded(walk.batch))
+    assert torch.equal(_first(walk._before), _first(expected))
+    walk.move(3)
+    assert walk._block == 5, "it only moves forward"
