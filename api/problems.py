@@ -209,6 +209,10 @@ def _field_error(error: dict[str, Any]) -> dict[str, Any]:
         return {"detail": detail, "field": field, "value": value, "accepted": names}
     if kind == "value_error":
         return {"detail": f"{field}: {message.removeprefix('Value error, ')}", "field": field, "value": value}
+    if " should have " in message:
+        # Pydantic begins with the name of a Python type.
+        accepted = message.partition(" should have ")[2].replace(" after validation", "")
+        return {"detail": f"{field} should have {accepted}", "field": field, "value": value, "accepted": accepted}
     accepted = message.removeprefix("Input should be ").removeprefix("Input should ")
     if kind == "string_pattern_mismatch":
         accepted = _as_phrase(_description(path)) or accepted

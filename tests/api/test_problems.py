@@ -43,6 +43,8 @@ CASES: dict[str, tuple[Callable[[TestClient], Any], int, str | None, str]] = {
     "unknown quantizer": (post(space={"quantizer": "best"}), 422, "space.quantizer", "'rtn' or 'mse'"),
     "unknown target": (post(target="toaster"), 422, "target", "vllm"),
     "unknown metric": (post(sensitivity=["luck"]), 422, "sensitivity.0", "hessian_trace"),
+    "no metric": (post(sensitivity=[]), 422, "sensitivity", "sensitivity should have at least 1 item, not 0"),
+    "long model": (post(model="m" * 300), 422, "model", "model should have at most 200 characters"),
     "too few samples": (post(calibration={"samples": 1}), 422, "calibration.samples", "greater than or equal to 2"),
     "list as body": (raw(b"[]"), 422, "body", "dictionary"),
     "no body": (raw(b""), 422, "body", "required"),
