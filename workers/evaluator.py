@@ -67,8 +67,8 @@ class Evaluator:
         for name in self.layers:
             for module in self.modules(name):
                 module.register_forward_pre_hook(_by_position(module), with_kwargs=True)
-                if rounds_input(module):
-                    module.register_forward_pre_hook(self._round_input(name, module))
+            for module in self.modules_that_round(name):
+                module.register_forward_pre_hook(self._round_input(name, module))
 
     @classmethod
     def build(cls, spec: EvaluatorSpec) -> Evaluator:
@@ -85,6 +85,10 @@ class Evaluator:
         """The modules that use a layer's weight: its own, and its aliases'."""
         layer = self.layers[name]
         return [layer.module, *map(self.loaded.model.get_submodule, layer.layer.aliases)]
+
+    def modules_that_round(self, name: str) -> list[nn.Module]:
+        """Those of `modules` whose input a scheme may round."""
+        return list(filter(rounds_input, self.modules(name)))
 
     def apply(self, allocation: Mapping[str, Scheme]) -> None:
         """Give each named layer its scheme and every other layer full precision."""

@@ -137,6 +137,7 @@ def _table(
         # As good as new: it has chosen no grid and kept no output.
         evaluator._grids.clear()
         evaluator._references.clear()
+        evaluator.reached.clear()
         began = time.perf_counter()
         table = _fill(name, evaluator, space)
         kept = {

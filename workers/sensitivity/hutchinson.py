@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from workers.calibration import Batch, sample_count
-from workers.evaluator import Evaluator, kept_tokens, rounds_input, token_dims
+from workers.evaluator import Evaluator, kept_tokens, token_dims
 from workers.hooks import removing
 from workers.quantizers.activation import round_activation
 from workers.sensitivity.backward import micro_batches
@@ -176,8 +176,7 @@ def entering(evaluator: Evaluator, names: list[str], on_input: OnInput) -> Itera
     hooks = [
         module.register_forward_pre_hook(partial(enter, name))
         for name in names
-        for module in evaluator.modules(name)
-        if rounds_input(module)
+        for module in evaluator.modules_that_round(name)
     ]
     with removing(hooks):
         yield

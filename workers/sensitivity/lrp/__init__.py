@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from search.scheme import Scheme
 from search.space import Unit
 from workers.calibration import Batch
-from workers.evaluator import Evaluator, kept_tokens, rounds_input, token_dims
+from workers.evaluator import Evaluator, kept_tokens, token_dims
 from workers.hooks import removing
 from workers.quantizers.activation import round_activation
 from workers.sensitivity.lrp.relevance import propagate, treatments
@@ -132,8 +132,7 @@ def _rounded(
     hooks = [
         module.register_forward_pre_hook(partial(enter, layer))
         for layer in layers
-        for module in evaluator.modules(layer)
-        if rounds_input(module)
+        for module in evaluator.modules_that_round(layer)
     ]
     with removing(hooks):
         yield errors
