@@ -101,7 +101,7 @@ def _describe(evaluator: Evaluator, _item: Item) -> Result:
         "batch_sizes": list(map(sample_count, batches)),
         "labelled": has_labels(evaluator.loaded.task, batches[0]),
         "full_precision": evaluator.measure({}),
-        "forward_seconds": _forward_seconds(evaluator),
+        "forward_seconds": forward_seconds(evaluator),
         "used_outside": used_outside(
             evaluator.loaded.model, evaluator.layers.values(), lambda: evaluator.loaded(one_item(evaluator.loaded))
         ),
@@ -109,7 +109,7 @@ def _describe(evaluator: Evaluator, _item: Item) -> Result:
 
 
 @torch.no_grad()
-def _forward_seconds(evaluator: Evaluator) -> float:
+def forward_seconds(evaluator: Evaluator) -> float:
     """Of a forward pass over the calibration split, at full precision and once everything is warm.
 
     Raises UnsupportedModel when an output is not finite: no metric could say anything.
