@@ -95,7 +95,7 @@ def stack(widths: list[int]) -> Evaluator:
         "labels": torch.randint(0, widths[-1], (ROWS,)),
     }
     loaded = LoadedModel(model, "image-classification", "Stack", "random")
-    return Evaluator(loaded, Data([batch], [batch], "random"))
+    return Evaluator(loaded, Data([batch], [batch], [batch], "random"))
 
 
 def real_models() -> dict[str, tuple[Evaluator, int, dict[str, Task]]]:

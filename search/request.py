@@ -23,7 +23,8 @@ class _Strict(BaseModel):
 
 
 class Calibration(_Strict):
-    """The data on which the loss is measured. A second, disjoint split of the same size is held out for measuring."""
+    """The data on which the loss is measured. Two further, disjoint splits of the same size decide what is accepted, and
+    what is reported."""
 
     dataset: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)] | None = None
     """`python-docs` (built in), the name of a file or folder in the data sets folder, or a Hugging Face data set

@@ -1,11 +1,12 @@
-"""Calibration data: real samples of a data set, drawn by seed into a calibration and a held-out split."""
+"""Calibration data: real samples of a data set, drawn by seed into three splits: to search, to accept, to report."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,6 +21,11 @@ from workers.models import LoadedModel
 
 Batch = dict[str, Tensor]
 
+Split = Literal["calibration", "acceptance", "held_out"]
+"""What a search learns from; what decides whether to believe what it learnt; what its results are reported on."""
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+
 LOGITS_PER_BATCH = 2**25
 """Most logits (positions × vocabulary) in a batch of a language model: 128 MiB in float32."""
 
@@ -32,13 +38,14 @@ POOL = 16
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Two disjoint splits as batches, and a hash of what is in them.
+    """Three disjoint splits as batches, and a hash of what is in them.
 
     A batch has `input_ids` and `attention_mask` (samples × tokens) or `pixel_values` (samples × channels × height ×
     width), and `labels` (samples) where the data set has them.
     """
 
     calibration: list[Batch]
+    acceptance: list[Batch]
     held_out: list[Batch]
     digest: str
 
@@ -46,8 +53,9 @@ class Data:
 def load_data(calibration: Calibration, loaded: LoadedModel) -> Data:
     """Draw `calibration.samples` samples for each split.
 
-    Text is cut into pieces of at most `sequence_length` tokens. The data set is halved first, by position after its
-    documents are shuffled, so that the splits hold different documents (but for the one that the middle cuts).
+    Text is cut into pieces of at most `sequence_length` tokens, and what occurs twice counts once. The data set is cut
+    in three first, by position after its documents are shuffled, so that the splits hold different documents (but for
+    those that the cuts go through).
     Raises InvalidCalibration when the data set is unknown, empty, of the wrong kind or too short, its sequences are
     longer than the model takes, its images are not finite, its labels are not among the model's classes, or the model
     refuses its samples.
@@ -67,25 +75,27 @@ def load_data(calibration: Calibration, loaded: LoadedModel) -> Data:
         if loaded.is_text
         else _image_samples(found, name, calibration, loaded, generator)
     )
-    half = len(samples) // 2
-    if half < calibration.samples:
+    most = len(samples) // len(SPLITS)
+    if most < calibration.samples:
         unit = f"sequences of {calibration.sequence_length} tokens" if loaded.is_text else "images"
         raise InvalidCalibration(
             f"'{name}' is too short: it gives {len(samples)} {unit}, "
-            f"and two splits of {calibration.samples} are needed",
+            f"and three splits of {calibration.samples} are needed",
             field="calibration.samples",
             value=calibration.samples,
-            accepted=f"at most {half}" if half >= 2 else "a larger data set, or a shorter calibration.sequence_length",
+            accepted=f"at most {most}" if most >= 2 else "a larger data set, or a shorter calibration.sequence_length",
         )
     size = _batch_size(calibration, loaded)
     splits: list[list[Batch]] = []
-    for pool in (samples[:half], samples[half:]):
+    for start in range(0, len(SPLITS) * most, most):
+        pool = samples[start : start + most]
         drawn = generator.choice(len(pool), calibration.samples, replace=False)
         splits.append(_batches([pool[index] for index in sorted(drawn)], size, name, loaded))
     output = _first_output(splits[0][0], name, loaded)
     if loaded.task != "embedding":
-        _check_labels([*splits[0], *splits[1]], output.shape[-1], name, loaded)
-    return Data(splits[0], splits[1], _digest(splits))
+        _check_labels(list(chain(*splits)), output.shape[-1], name, loaded)
+    calibrating, accepting, reporting = splits
+    return Data(calibrating, accepting, reporting, _digest(splits))
 
 
 def sample_count(batch: Batch) -> int:
@@ -120,8 +130,10 @@ def _text_samples(
 ) -> list[Batch]:
     if not isinstance(found, Texts):
         raise _wrong_kind(name, "images", loaded)
-    documents = generator.permutation(len(found.documents))
-    labels, most = found.labels, 2 * POOL * calibration.samples
+    # What occurs twice would stand in two splits.
+    once = {document: index for index, document in enumerate(found.documents)}
+    documents = generator.permutation(list(once.values()))
+    labels, most = found.labels, len(SPLITS) * POOL * calibration.samples
     length, tokenizer = calibration.sequence_length, loaded.preprocessor
     if loaded.task == "causal-lm":
         separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
@@ -156,7 +168,7 @@ def _image_samples(
     if not isinstance(found, Images):
         raise _wrong_kind(name, "text", loaded)
     samples = []
-    for index in generator.permutation(len(found.images))[: 2 * calibration.samples]:
+    for index in generator.permutation(len(found.images))[: len(SPLITS) * calibration.samples]:
         image = found.images[index]
         if isinstance(image, np.ndarray) and image.dtype.kind == "f":
             pixels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))

@@ -6,7 +6,6 @@ Weights are swapped in place, never copied per candidate, and the originals alwa
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 
 from search.errors import UnsupportedModel
 from search.inventory import Inventory
+from search.measurement import Samples, metrics
 from search.request import Calibration
 from search.scheme import FULL_PRECISION, Scheme
-from workers.calibration import Batch, Data, load_data, one_item
+from workers.calibration import Batch, Data, Split, load_data, one_item
 from workers.layers import CONVOLUTIONS, WeightedLayer, enumerate_layers
 from workers.loss import divergence, next_token_loss
 from workers.models import Dtype, LoadedModel, load_model
@@ -112,11 +112,12 @@ class Evaluator:
                 self.layers[name].parameter.data = weight
             self._applied = applied
 
-    def batches(self, split: str) -> list[Batch]:
-        """The batches of "calibration" or "held_out"."""
-        return self.data.calibration if split == "calibration" else self.data.held_out
+    def batches(self, split: Split) -> list[Batch]:
+        """The batches of a split."""
+        batches: list[Batch] = getattr(self.data, split)
+        return batches
 
-    def reference(self, split: str, index: int) -> Tensor:
+    def reference(self, split: Split, index: int) -> Tensor:
         """The full-precision output on a batch.
 
         A language model's logits are not kept but recomputed from its last block's output: they would outweigh the
@@ -139,30 +140,36 @@ class Evaluator:
         """The loss of every sample of a batch, shape (samples,), for `output` against `reference`."""
         return divergence(self.loaded.task, output, reference, batch.get("attention_mask"))
 
-    @torch.no_grad()
-    def measure(self, allocation: Mapping[str, Scheme], split: str = "held_out") -> dict[str, float]:
+    def measure(self, allocation: Mapping[str, Scheme], split: Split = "held_out") -> dict[str, float]:
         """`loss` (mean over samples), `loss_stderr`, and `perplexity` or `accuracy` where they exist.
 
         Raises UnsupportedModel when the output is not finite.
         """
+        return metrics(self.measure_samples(allocation, split))
+
+    @torch.no_grad()
+    def measure_samples(
+        self, allocation: Mapping[str, Scheme], split: Split = "held_out", batches: range | None = None
+    ) -> Samples:
+        """Of every sample of a split, or of some of its batches: `loss`, and `next_token_loss` or `correct` where they
+        exist.
+
+        Raises UnsupportedModel when the output is not finite.
+        """
         self.apply(allocation)
-        losses, next_token, correct = [], [], []
-        for index, batch in enumerate(self.batches(split)):
+        found: dict[str, list[Tensor]] = {}
+        for index in batches if batches is not None else range(len(self.batches(split))):
+            batch = self.batches(split)[index]
             output = self.loaded(batch)
-            losses.append(self.losses(batch, output, self.reference(split, index)))
+            found.setdefault("loss", []).append(self.losses(batch, output, self.reference(split, index)))
             if self.loaded.task == "causal-lm":
-                next_token.append(next_token_loss(output, batch["input_ids"], batch["attention_mask"]))
+                next_token = next_token_loss(output, batch["input_ids"], batch["attention_mask"])
+                found.setdefault("next_token_loss", []).append(next_token)
             elif "labels" in batch:
-                correct.append(output.argmax(-1) == batch["labels"])
-        loss = torch.cat(losses).double()
-        if not loss.isfinite().all():
+                found.setdefault("correct", []).append(output.argmax(-1) == batch["labels"])
+        if not all(losses.isfinite().all() for losses in found["loss"]):
             raise UnsupportedModel(f"the output of this {self.loaded.architecture} is not finite", field="model")
-        metrics = {"loss": max(float(loss.mean()), 0.0), "loss_stderr": standard_error(loss)}
-        if next_token:
-            metrics["perplexity"] = math.exp(min(float(torch.cat(next_token).double().mean()), 700.0))
-        if correct:
-            metrics["accuracy"] = float(torch.cat(correct).double().mean())
-        return metrics
+        return {name: torch.cat(values).double().tolist() for name, values in found.items()}
 
     def grid(self, name: str, scheme: Scheme) -> Grid:
         """The grid that the quantizer chooses for a layer's weight."""
@@ -249,11 +256,6 @@ def kept_tokens(batch: Batch, x: Tensor) -> Tensor | None:
     if x.shape[:2] == mask.shape:
         return mask.view(*mask.shape, *[1] * (x.dim() - 2)).to(x)
     return mask.view(-1, 1).to(x) if x.shape[:-1] == (mask.numel(),) else None
-
-
-def standard_error(samples: Tensor) -> float:
-    """Of the mean of independent samples; 0 for a single one, of which nothing is known."""
-    return float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else 0.0
 
 
 def _by_position(module: nn.Module) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:

@@ -29,6 +29,7 @@ from search.cost import Cost, Resource, cost_tables
 from search.errors import InvalidCalibration, UnsupportedModel
 from search.ilp import check_jointly_feasible, frontier
 from search.inventory import Inventory
+from search.measurement import metrics
 from search.metrics import METRICS, Metric
 from search.proposals import Drafts, axes, judge
 from search.request import SearchRequest
@@ -314,9 +315,9 @@ def measure(run: Run, profile: Profile, candidates: Sequence[Candidate], stage: 
     run.enter(stage, len(waiting))
     limit, over = run.request.budgets.loss_increase, axes(profile.bounds)
 
-    def measured(position: int, metrics: Result) -> None:
+    def measured(position: int, samples: Result) -> None:
         index = waiting[position]
-        judged[index] = replace(judged[index], metrics=metrics)
+        judged[index] = replace(judged[index], metrics=metrics(samples))
         judged[:] = judge(judged, profile.bounds, limit, over)
         candidate = judged[index]
         put_candidates(run.engine, run.claim, judged)
@@ -330,7 +331,8 @@ def measure(run: Run, profile: Profile, candidates: Sequence[Candidate], stage: 
 
     judged[:] = judge(judged, profile.bounds, limit, over)
     put_candidates(run.engine, run.claim, judged)
-    run.compute(MEASURE, [dict(judged[index].allocation) for index in waiting], stage, measured)
+    items = [{"allocation": judged[index].allocation, "split": "held_out"} for index in waiting]
+    run.compute(MEASURE, items, stage, measured)
     return judged
 
 

@@ -95,6 +95,8 @@ def _leaves(value: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
 
 def _describe(evaluator: Evaluator, _item: Item) -> Result:
     batches = evaluator.batches("calibration")
+    # Only to find out now, not when everything else is done, that it is not finite there.
+    evaluator.measure({}, "acceptance")
     return {
         "inventory": evaluator.inventory.to_json(),
         "data_digest": evaluator.data.digest,
@@ -131,7 +133,8 @@ def forward_seconds(evaluator: Evaluator) -> float:
 
 
 def _measure(evaluator: Evaluator, item: Item) -> Result:
-    return dict(evaluator.measure(allocation.from_json(item)))
+    batches = range(*item["batches"]) if "batches" in item else None
+    return dict(evaluator.measure_samples(allocation.from_json(item["allocation"]), item["split"], batches))
 
 
 DESCRIBE = Task("describe", 1, _describe)
@@ -139,5 +142,6 @@ DESCRIBE = Task("describe", 1, _describe)
 full-precision metrics, the seconds of a forward pass over the calibration split, and the layers whose weights are
 `used_outside` of them."""
 
-MEASURE = Task("measure", 2, _measure)
-"""Item: layer → scheme text. Result: the metrics of `Evaluator.measure`."""
+MEASURE = Task("measure", 3, _measure)
+"""Item: an `allocation` (layer → scheme text), a `split`, and the first and the end of its `batches` where not all are
+asked for. Result: that of `Evaluator.measure_samples`."""

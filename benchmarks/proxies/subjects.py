@@ -181,7 +181,7 @@ def _evaluator(model: nn.Module, architecture: str, splits: list[dict[str, Tenso
         for split in splits
     ]
     values = [value for split in splits for _, value in sorted(split.items())]
-    return Evaluator(loaded, Data(batches[0], batches[1], _digest(values)))
+    return Evaluator(loaded, Data(batches[0], batches[1], batches[1], _digest(values)))
 
 
 def _digest(parts: Sequence[object]) -> str:

@@ -91,8 +91,10 @@ def test_a_number_of_evaluators_that_is_none_is_refused(text: str, monkeypatch: 
 
 
 def test_every_pool_measures_the_same(pool: Pool, spec: EvaluatorSpec) -> None:
-    item: Item = {"model.layers.0.self_attn.q_proj": "w2a16"}
-    ((_, metrics),) = pool.map(MEASURE.run, [item])
+    item: Item = {"allocation": {"model.layers.0.self_attn.q_proj": "w2a16"}, "split": "held_out"}
+    ((_, samples),) = pool.map(MEASURE.run, [item])
     expected = MEASURE.run(Evaluator.build(spec), item)
-    assert metrics["loss"] > 0
-    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert min(samples["loss"]) > 0
+    assert set(samples) == set(expected)
+    for name, values in expected.items():
+        assert samples[name] == pytest.approx(values, rel=1e-5)

@@ -220,7 +220,7 @@ class TestMeasure:
         images = np.random.default_rng(0).random((4, 3, 64, 64), dtype=np.float32)
         batches = [{"pixel_values": preprocess(images[:2])}], [{"pixel_values": preprocess(images[2:])}]
         loaded = LoadedModel(network, "image-classification", "EfficientNet", digest="x")
-        ours = Evaluator(loaded, Data(*batches, digest="y"))
+        ours = Evaluator(loaded, Data(*batches, batches[1], digest="y"))
         assert len(ours.layers) == 50
         assert ours.chain is not None
         before = state(ours)

@@ -12,9 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from search.measurement import metrics
 from search.scheme import FULL_PRECISION, Scheme
 from search.space import Space, Unit
-from workers.evaluator import Evaluator, standard_error, token_dims
+from workers.evaluator import Evaluator, token_dims
 from workers.quantizers.activation import round_activation
 from workers.sensitivity.rounding import weight_only
 from workers.sensitivity.table import Entry, Subject, Table, metric
@@ -77,8 +78,8 @@ def _divergence(evaluator: Evaluator, item: Item) -> Result:
     evaluator.apply({})
     result: Result = {unit["name"]: {} for unit in units}
     for (name, text), found in losses.items():
-        samples = torch.cat(found)
-        result[name][text] = [max(float(samples.mean()), 0.0), standard_error(samples)]
+        told = metrics({"loss": torch.cat(found).tolist()})
+        result[name][text] = [told["loss"], told["loss_stderr"]]
     return result
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from search.space import Unit
-from workers.calibration import Batch, sample_count
+from workers.calibration import Batch, Split, sample_count
 from workers.evaluator import Evaluator, rounds_input
 from workers.hooks import forward_replaced, removing
 
@@ -52,7 +52,7 @@ class Variant:
 class Walk:
     """A batch on its way through the blocks of a model at full precision; it only moves forward."""
 
-    def __init__(self, evaluator: Evaluator, index: int, split: str = "calibration") -> None:
+    def __init__(self, evaluator: Evaluator, index: int, split: Split = "calibration") -> None:
         """Start before the first block, on batch `index` of `split`."""
         self.batch = evaluator.batches(split)[index]
         self.reference = evaluator.reference(split, index)

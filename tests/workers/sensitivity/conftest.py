@@ -23,7 +23,7 @@ def tiny() -> Evaluator:
     torch.manual_seed(0)
     loaded = LoadedModel(TinyNet().eval().requires_grad_(False), "image-classification", "TinyNet", "digest")
     batches = [{"pixel_values": torch.randn(4, 1, 7, 7), "labels": torch.randint(0, 5, (4,))} for _ in range(2)]
-    return Evaluator(loaded, Data(batches, batches, "data"))
+    return Evaluator(loaded, Data(batches, batches, batches, "data"))
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,7 @@ def any_evaluator(request: pytest.FixtureRequest, model_folder: Callable[[str], 
         return Evaluator.build(EvaluatorSpec(source, Calibration(samples=4, sequence_length=16)))
     images, labels = models.digits_arrays()
     batch = {"pixel_values": torch.from_numpy(images[-8:]), "labels": torch.from_numpy(labels[-8:])}
-    return Evaluator(load_model(source, torch.device("cpu")), Data([batch, batch], [batch], "digits"))
+    return Evaluator(load_model(source, torch.device("cpu")), Data([batch, batch], [batch], [batch], "digits"))
 
 
 @pytest.fixture(scope="session")

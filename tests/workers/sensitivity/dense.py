@@ -36,7 +36,7 @@ class Twice(nn.Module):
 
 def evaluator_of(model: nn.Module, batch: Batch) -> Evaluator:
     loaded = LoadedModel(model.eval().requires_grad_(False), "image-classification", type(model).__name__, "digest")
-    return Evaluator(loaded, Data([batch], [batch], "data"))
+    return Evaluator(loaded, Data([batch], [batch], [batch], "data"))
 
 
 def twice() -> Evaluator:

@@ -246,7 +246,7 @@ def test_padding_does_not_count(metric: str, bert: Evaluator) -> None:
     batch = {key: value[:, :8] for key, value in bert.data.calibration[0].items()}
     padded = {key: torch.nn.functional.pad(value, (0, 24)) for key, value in batch.items()}
     assert batch["attention_mask"].all()
-    short, long = (Evaluator(copy.deepcopy(bert.loaded), Data([one], [one], "")) for one in (batch, padded))
+    short, long = (Evaluator(copy.deepcopy(bert.loaded), Data([one], [one], [one], "")) for one in (batch, padded))
     for part in ("weight", "activation"):
         few, many = (
             getattr(fill(metric, one, space_of(one, "w4a4", ignore=["*embed*"])), part)["w4a4"] for one in (short, long)

@@ -78,7 +78,7 @@ def classifier(model: nn.Module, batches: Sequence[Tensor]) -> Evaluator:
     model.config = TinyNet().config  # type: ignore[assignment]
     data = [{"pixel_values": images} for images in batches]
     loaded = LoadedModel(model.eval().requires_grad_(False), "image-classification", "Net", "digest")
-    return Evaluator(loaded, Data(data, data, "data"))
+    return Evaluator(loaded, Data(data, data, data, "data"))
 
 
 def test_over_all_labels_it_is_the_diagonal_of_the_dense_hessian(tiny: Evaluator) -> None:
@@ -191,7 +191,7 @@ def test_tokens_of_padding_do_not_count(metric: str, model_folder: Callable[[str
     tables = []
     for filler in (0, 99):
         batch = {"input_ids": torch.where(mask == 1, tokens, filler), "attention_mask": mask}
-        evaluator = Evaluator(loaded, Data([batch], [batch], "data"))
+        evaluator = Evaluator(loaded, Data([batch], [batch], [batch], "data"))
         space = space_of(evaluator, *SCHEMES, ignore=["lm_head", "*embed*"])
         tables.append(fill(metric, evaluator, space))
     np.testing.assert_allclose(tables[0].values, tables[1].values, rtol=1e-4)

@@ -36,7 +36,7 @@ def grouped() -> Evaluator:
     torch.manual_seed(1)
     loaded = LoadedModel(Grouped().eval().requires_grad_(False), "image-classification", "Grouped", "digest")
     batches = [{"pixel_values": torch.randn(n, 4, 6, 6), "labels": torch.randint(0, 3, (n,))} for n in (5, 2)]
-    return Evaluator(loaded, Data(batches, batches, "data"))
+    return Evaluator(loaded, Data(batches, batches, batches, "data"))
 
 
 def by_hand(evaluator: Evaluator, name: str, scheme: Scheme, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -92,7 +92,7 @@ def test_the_standard_error_is_that_of_a_sum_of_samples(tiny: Evaluator) -> None
     once = fill("gradient", tiny, space_of(tiny, "w4a16"))
     data = tiny.data
     try:
-        tiny.data = Data([*data.calibration, *data.calibration], data.held_out, data.digest)
+        tiny.data = Data([*data.calibration, *data.calibration], data.held_out, data.held_out, data.digest)
         twice = fill("gradient", tiny, space_of(tiny, "w4a16"))
     finally:
         tiny.data = data

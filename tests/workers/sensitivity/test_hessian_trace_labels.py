@@ -137,7 +137,7 @@ def test_a_trained_classifiers_labelled_loss_curves_about_as_its_divergence_does
     images, labels = models.digits_arrays()
     batch = {"pixel_values": torch.from_numpy(images[-32:]), "labels": torch.from_numpy(labels[-32:])}
     loaded = load_model(str(model_folder("digits_vit")), torch.device("cpu"))
-    evaluator = Evaluator(loaded, Data([batch], [batch], "digits"))
+    evaluator = Evaluator(loaded, Data([batch], [batch], [batch], "digits"))
     space = space_of(evaluator, "w4a16", "w4a8")
     labelled, own = (fill(name, evaluator, space) for name in ("hessian_trace_labels", "hessian_trace"))
     for scheme in ("w4a16", "w4a8"):

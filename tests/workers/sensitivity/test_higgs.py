@@ -35,7 +35,7 @@ def flat() -> Evaluator:
     torch.manual_seed(0)
     loaded = LoadedModel(Flat().eval().requires_grad_(False), "image-classification", "Flat", "digest")
     batches = [{"pixel_values": torch.randn(64, 1, 16, 16)} for _ in range(4)]
-    return Evaluator(loaded, Data(batches, batches, "data"))
+    return Evaluator(loaded, Data(batches, batches, batches, "data"))
 
 
 def curvature(evaluator: Evaluator) -> Tensor:

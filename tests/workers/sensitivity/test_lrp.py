@@ -356,7 +356,7 @@ def efficientnet() -> Evaluator:
 
 def evaluator_of(model: nn.Module, task: str, batch: Batch) -> Evaluator:
     loaded = LoadedModel(model.eval().requires_grad_(False), task, type(model).__name__, "digest")  # type: ignore[arg-type]
-    return Evaluator(loaded, Data([batch], [batch], "data"))
+    return Evaluator(loaded, Data([batch], [batch], [batch], "data"))
 
 
 @pytest.fixture(scope="session", params=["qwen2", "qwen3", "mobilenet", "efficientnet"])

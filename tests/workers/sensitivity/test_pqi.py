@@ -105,7 +105,7 @@ def squared(monkeypatch: pytest.MonkeyPatch) -> Evaluator:
     loaded = LoadedModel(TwoLayers().eval().requires_grad_(False), "image-classification", "TwoLayers", "digest")
     loaded.model.config = type("Config", (), {"image_size": (2, 3), "num_channels": 1})()
     batches = [{"pixel_values": torch.randn(5, 1, 2, 3)}, {"pixel_values": torch.randn(3, 1, 2, 3)}]
-    evaluator = Evaluator(loaded, Data(batches, batches, "data"))
+    evaluator = Evaluator(loaded, Data(batches, batches, batches, "data"))
     monkeypatch.setattr(pqi, "gradient", lambda _task, output, reference, _mask: output - reference)
     evaluator.losses = lambda _batch, output, reference: (output - reference).square().sum(-1) / 2  # type: ignore[method-assign]
     return evaluator
