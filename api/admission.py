@@ -5,10 +5,9 @@ from __future__ import annotations
 from sqlalchemy import Engine
 
 from db.models import get_model, list_models
-from search.budget import check_feasible, cost_bounds
-from search.cost import cost_tables
 from search.errors import InvalidRequest
-from search.ilp import check_jointly_feasible
+from search.feasibility import check_feasible
+from search.limits import costs_and_bounds
 from search.request import SearchRequest
 from search.space import build_space
 from search.targets import find_target
@@ -33,7 +32,4 @@ def admit(engine: Engine, request: SearchRequest) -> None:
     if model.inventory is None:
         return
     space = build_space(model.inventory, request.space, find_target(request.target))
-    costs = cost_tables(space, model.inventory)
-    bounds = cost_bounds(request.budgets.named())
-    check_feasible(bounds, costs)
-    check_jointly_feasible(costs, bounds)
+    check_feasible(*costs_and_bounds(space, model.inventory, request.budgets))

@@ -11,6 +11,7 @@ from api.frontier import Frontier
 from api.problems import Problem
 from db.searches import Search
 from db.tables import State
+from search.budget import BUDGETS
 from search.candidate import Candidate
 
 FINISHED = frozenset({"succeeded", "failed", "cancelled"})
@@ -33,7 +34,8 @@ class SearchDocument(_Document):
     id: int = Field(examples=[1])
     state: State
     stage: str | None = Field(examples=["measure"])
-    """`profile`, `sensitivity`, `baselines`, `optimize` or `measure`; null before a worker has begun."""
+    """`profile`, `sensitivity`, `baselines`, `optimize`, `measure`, `refine` or `evolve`, `accept`; null before a
+    worker has begun."""
     progress: Progress
     model: str = Field(examples=["all-minilm-l6-v2"])
     target: str = Field(examples=["vllm"])
@@ -64,7 +66,7 @@ class SearchDocument(_Document):
             progress=Progress(done=search.done, total=search.total),
             model=search.model,
             target=search.target,
-            budgets={name: value for name, value in budgets.items() if value is not None},
+            budgets={name: budgets[name] for name in BUDGETS if budgets.get(name) is not None},
             request=search.request,
             summary=search.summary if with_summary else None,
             error=Problem.model_validate(search.error) if search.error else None,
@@ -96,7 +98,7 @@ class Point(_Document):
 
     number: int
     source: str
-    """`uniform`: every layer alike; else the method that proposed it."""
+    """`uniform`: every layer alike; `ilp`, `refined`, `evolved`: who proposed it."""
     label: str
     on_frontier: bool
     """Whether it fits and no other fitting configuration is both cheaper and better."""
@@ -105,9 +107,16 @@ class Point(_Document):
     costs: dict[str, float]
     """`size_bytes`, `avg_bits`, `bitops`."""
     metrics: dict[str, float]
-    """Measured on the held-out split: `loss` and, where they exist, `perplexity` or `accuracy`. Empty: not measured."""
+    """Measured: `calibration_loss` on the data that was searched; `acceptance_loss` of those that were considered for
+    the frontier; of those that are reported `loss` (with `loss_stderr`) on the held-out split and, where they exist,
+    `perplexity` or `accuracy`. While the search runs, `loss` is the calibration loss. Empty: not measured."""
     predicted: dict[str, float]
     """Predicted loss by metric."""
+    expected: dict[str, float]
+    """What all measurements before its own let expect of the held-out loss: `loss`, and the ends `low` and `high` of
+    its 90 % interval."""
+    shadow_prices: dict[str, float]
+    """What share of its predicted loss one more unit of each bounded resource would save."""
     allocation: dict[str, str]
     """Layer → scheme."""
     page: str
@@ -125,6 +134,8 @@ class Point(_Document):
             costs=candidate.costs,
             metrics=candidate.metrics,
             predicted=candidate.predicted,
+            expected=candidate.expected,
+            shadow_prices=candidate.shadow_prices,
             allocation=candidate.allocation,
             page=f"/searches/{search_id}/points/{candidate.number}",
         )
@@ -138,6 +149,8 @@ class FrontierDocument(_Document):
     axes: list[str]
     """Resources the frontier is drawn over."""
     budgets: dict[str, float]
+    limits: dict[str, dict[str, float]]
+    """Budgets on some of the layers: pattern → budgets by name."""
     full_precision: dict[str, float]
     """What the unquantized model measures."""
     best: int | None
@@ -148,7 +161,7 @@ class FrontierDocument(_Document):
     dominated: list[Point] | None = None
     """Measured mixed configurations that are not on the frontier."""
     predicted: list[Point] | None = None
-    """Configurations that were not measured."""
+    """Configurations without a loss on the held-out split."""
 
     @classmethod
     def of(cls, frontier: Frontier, include: set[str]) -> FrontierDocument:
@@ -160,6 +173,7 @@ class FrontierDocument(_Document):
             state=search.state,
             axes=frontier.axes,
             budgets=frontier.budgets,
+            limits=frontier.limits,
             full_precision=frontier.full_precision,
             best=best.number if best else None,
             points=[Point.of(search.id, point) for point in frontier.points],

@@ -44,12 +44,21 @@ class Frontier:
         return {name: given[name] for name in BUDGETS if given.get(name) is not None}
 
     @property
-    def limits(self) -> dict[str, float]:
-        """Resource → its tightest limit, in the units of the costs."""
-        limits: dict[str, float] = {}
+    def limits(self) -> dict[str, dict[str, float]]:
+        """The budgets on some of the layers: pattern → budgets that were given, by name."""
+        given: dict[str, dict[str, float | None]] = self.search.request["budgets"].get("limits") or {}
+        return {
+            pattern: {name: value for name, value in limit.items() if value is not None}
+            for pattern, limit in given.items()
+        }
+
+    @property
+    def ends(self) -> dict[str, float]:
+        """Resource → its tightest budget, in the units of the costs."""
+        ends: dict[str, float] = {}
         for bound in cost_bounds(self.budgets):
-            limits[bound.resource] = min(bound.limit, limits.get(bound.resource, np.inf))
-        return limits
+            ends[bound.resource] = min(bound.limit, ends.get(bound.resource, np.inf))
+        return ends
 
     @property
     def full_precision(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import BigInteger
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-Stage = Literal["profile", "sensitivity", "baselines", "optimize", "measure"]
+Stage = Literal["profile", "sensitivity", "baselines", "optimize", "measure", "refine", "evolve", "accept"]
 
 Json = dict[str, Any]
 Time = TIMESTAMP(timezone=True)
@@ -60,7 +60,10 @@ class SearchRow(Base):
 
     __table_args__ = (
         CheckConstraint("state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="state"),
-        CheckConstraint("stage IN ('profile', 'sensitivity', 'baselines', 'optimize', 'measure')", name="stage"),
+        CheckConstraint(
+            "stage IN ('profile', 'sensitivity', 'baselines', 'optimize', 'measure', 'refine', 'evolve', 'accept')",
+            name="stage",
+        ),
         # The claim reads this index in its order and stops at the first row: finished searches cost it nothing.
         Index(
             "searches_unfinished",
@@ -109,9 +112,11 @@ class CandidateRow(Base):
     allocation: Mapped[Json]
     predicted: Mapped[Json]
     costs: Mapped[Json]
+    expected: Mapped[Json] = mapped_column(server_default=text("'{}'::jsonb"))
     metrics: Mapped[Json]
     fits: Mapped[bool]
     on_frontier: Mapped[bool]
+    shadow_prices: Mapped[Json] = mapped_column(server_default=text("'{}'::jsonb"))
 
 
 class ModelRow(Base):

@@ -1,12 +1,10 @@
-"""Budgets: hard upper bounds on total costs, and the refusal of those that nothing can meet."""
+"""Budgets: hard upper bounds on total costs, under the names and in the units that a person uses."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from search.errors import InfeasibleBudget
 
 if TYPE_CHECKING:
     from search.cost import Cost, Resource
@@ -35,46 +33,43 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """An upper bound on one resource, under the name the person used."""
+    """An upper bound on one resource, under the name the person used; `of` is the pattern of a limit on some layers."""
 
     budget: str
     resource: Resource
     limit: float
+    of: str | None = None
 
     def admits(self, total: float) -> bool:
         """Whether a total cost fits."""
-        return total <= self.limit * (1 + TOLERANCE)
+        return total <= self.limit + TOLERANCE * abs(self.limit)
+
+    def capacity(self, cost: Cost) -> float:
+        """What it leaves for the units. It uses half the tolerance: rounding takes no total beyond what is admitted."""
+        return self.limit + TOLERANCE / 2 * abs(self.limit) - cost.constant
+
+    @property
+    def name(self) -> str:
+        """Where it stands in the request, below `budgets`."""
+        return self.budget if self.of is None else f"limits.{self.of}.{self.budget}"
+
+    def value(self, total: float) -> float:
+        """A total cost in the unit the person used."""
+        return total / BUDGETS[self.budget].scale
 
 
-def cost_bounds(budgets: dict[str, float]) -> list[Bound]:
-    """The bounds on costs among `budgets` (by the names of `BUDGETS`), in the units of the cost tables."""
+def cost_bounds(budgets: Mapping[str, float], of: str | None = None) -> list[Bound]:
+    """The bounds on costs among `budgets` (by the names of `BUDGETS`), in the units of the cost tables.
+
+    With a pattern, on what the layers `of` it cost together.
+    """
     return [
-        Bound(name, BUDGETS[name].resource, value * BUDGETS[name].scale)  # type: ignore[arg-type]
+        Bound(name, resource_of(BUDGETS[name].resource, of), value * BUDGETS[name].scale, of)
         for name, value in budgets.items()
         if name != "loss_increase"
     ]
 
 
-def check_feasible(bounds: list[Bound], costs: dict[Resource, Cost]) -> None:
-    """Refuse each bound that lies below what its resource can reach alone.
-
-    Raises InfeasibleBudget naming the smallest feasible value, in the budget's own unit.
-    """
-    for bound in bounds:
-        smallest = costs[bound.resource].smallest
-        if not bound.admits(smallest):
-            unit = BUDGETS[bound.budget]
-            feasible = _rounded_up(smallest / unit.scale)
-            raise InfeasibleBudget(
-                f"{bound.budget} = {bound.limit / unit.scale:g} is below what this space can reach; "
-                f"the smallest feasible value is {feasible:g} {unit.unit}",
-                field=f"budgets.{bound.budget}",
-                value=bound.limit / unit.scale,
-                accepted={"minimum": feasible},
-            )
-
-
-def _rounded_up(value: float, digits: int = 6) -> float:
-    """`value` to `digits` significant digits, never below it."""
-    quantum = 10.0 ** (math.floor(math.log10(value)) - digits + 1)
-    return math.ceil(value / quantum - TOLERANCE) * quantum
+def resource_of(resource: Resource, of: str | None) -> Resource:
+    """The name of what the layers of a pattern take of a resource: `avg_bits of *.down_proj`."""
+    return resource if of is None else f"{resource} of {of}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,9 @@ from search.inventory import Inventory, Layer
 from search.scheme import Scheme
 from search.space import Space
 
-Resource = Literal["size_bytes", "avg_bits", "bitops"]
+Resource = str
+"""`size_bytes`, `avg_bits` or `bitops` of the model, or of some layers (`avg_bits of *.down_proj`); `loss` where an
+integer program bounds it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,210 +2,134 @@
 
     min Σ_us loss_us·x_us   such that   Σ_s x_us = 1 for every unit u,   constant + Σ_us cost_us·x_us ≤ limit per budget
 
-as HAWQ-V3 (Yao et al., 2011.10680, §3.4) allocates bits. One budget is a knapsack. With several, prices close what no
-better allocation can take, and PuLP with HiGHS solves what stays open.
+as HAWQ-V3 (Yao et al., 2011.10680, §3.4) allocates bits; and a cost in the place of the loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
-import pulp
-from numpy.typing import NDArray
 
-from search import knapsack
-from search.budget import BUDGETS, TOLERANCE, Bound
+from search import knapsack, program
+from search.budget import Bound
 from search.cost import Cost, Resource
-from search.errors import InfeasibleBudget
-from search.knapsack import GAP, Solution, Status
-from search.lagrangian import allocate, price
-
-OBJECTIVE_SCALE = 1000.0
-"""The relaxation's objective is scaled to this: solvers stop at absolute tolerances, and losses may be far below 1."""
+from search.knapsack import GAP, Solution, open_choices
+from search.switches import Floats
 
 
 def solve(
-    loss: NDArray[np.float64],
+    loss: Floats,
     costs: Mapping[Resource, Cost],
     bounds: Sequence[Bound],
     *,
+    minimise: Resource = "loss",
+    most_loss: float | None = None,
     time_limit: float = 10.0,
     prove: bool = True,
+    gap: float = GAP,
 ) -> Solution:
-    """The allocation of least predicted loss within `bounds`.
+    """The allocation of the least predicted loss, or of the least cost that `minimise` names, within `bounds`.
 
-    `loss` is units × schemes; a scheme is open to a unit where its costs are finite. `time_limit` is in seconds.
-    Without `prove`, what prices find near at once, with its gap; only where they find nothing is the program solved.
+    `loss` is units × schemes; a choice is open where it and its costs are finite, and closed where one is inf. The
+    total loss is at most `most_loss`: to minimise a cost is the same program with the loss as one more bounded cost.
+    It is proved to a relative `gap`, unless `time_limit`, in seconds, comes first. Without `prove`, what prices find
+    near at once, with its gap; only where they find nothing is the program solved.
+
+    Raises ValueError for a loss or a cost that is NaN or −inf, with its unit and scheme.
     """
-    tables = [costs[bound.resource] for bound in bounds]
-    open_ = np.isfinite(loss)
-    for cost in costs.values():
-        open_ = open_ & np.isfinite(cost.table)
-    if len(bounds) == 1:
-        capacity = _capacity(bounds[0], tables[0])
-        found = knapsack.solve(np.where(open_, loss, np.inf), tables[0].table, capacity, prove=prove)
-        if found.status != "feasible" or not prove:
-            return found
-    open_ &= ~_dominated(loss, [cost.table for cost in tables], open_)
-    if not open_.any(axis=1).all():
-        return Solution("infeasible")
-
-    within, costs_of = np.where(open_, loss, np.inf), np.stack([cost.table for cost in tables])
-    capacities = np.array([_capacity(bound, cost) for bound, cost in zip(bounds, tables, strict=True)])
-    pricing = price(within, costs_of, capacities)
-    known = allocate(pricing, within, np.where(open_, costs_of, np.inf), capacities)
-    if known is not None and _fits(known, tables, bounds):
-        total = float(loss[np.arange(len(known)), known].sum())
-        if total - pricing.bound <= GAP * abs(pricing.bound):
-            return Solution("optimal", known, total, min(pricing.bound, total))
-        if not prove:
-            return Solution("feasible", known, total, pricing.bound)
-        # A choice that loses more than the gap above its unit's least cannot be part of a better allocation.
-        open_ &= pricing.reduced <= (total - pricing.bound) + GAP * abs(pricing.bound)
-        open_[np.arange(len(known)), known] = True
-    else:
-        known = None
-
-    exact = _Program(loss, open_, tables, bounds)
-    status = exact.solve(time_limit)
-    if status == "infeasible" and known is None:
-        return Solution(status)
-    choice = exact.choice() if status in ("optimal", "feasible") else None
-    if choice is None or not _fits(choice, tables, bounds):
-        choice, status = known, "feasible" if known is not None else "unsolved"
-    if choice is None:
-        return Solution(status, bound=pricing.bound)
-    total = float(loss[np.arange(len(choice)), choice].sum())
-    return Solution(status, choice, total, total if status == "optimal" else min(pricing.bound, total))
+    tables = {"loss": Cost("loss", loss, 0.0), **costs}
+    if most_loss is not None:
+        bounds = [*bounds, Bound("loss_increase", "loss", most_loss)]
+    bounds = _distinct(tables, bounds)
+    objective = tables[minimise]
+    open_ = open_choices({name: cost.table for name, cost in tables.items()})
+    found = program.solve(
+        np.where(open_, objective.table, np.inf),
+        np.array([tables[bound.resource].table for bound in bounds]).reshape(len(bounds), *loss.shape),
+        np.array([bound.capacity(tables[bound.resource]) for bound in bounds]),
+        time_limit=time_limit,
+        prove=prove,
+        gap=gap,
+    )
+    return replace(found, objective=found.objective + objective.constant, bound=found.bound + objective.constant)
 
 
-def frontier(
-    loss: NDArray[np.float64],
-    costs: Mapping[Resource, Cost],
-    bounds: Sequence[Bound],
-    axis: Resource,
-    points: int,
-    *,
-    time_limit: float = 10.0,
-) -> list[Solution]:
-    """Solve for `points` levels of `axis`, evenly spaced from its smallest feasible total to its budget.
+def levels(costs: Mapping[Resource, Cost], bounds: Sequence[Bound], axis: Resource, points: int) -> Floats:
+    """`points` totals of `axis`, evenly spaced from its budget down to the smallest that the other budgets leave.
 
-    Without a budget on `axis` the levels end at its largest total. The other budgets hold at every level. Levels that
-    give the same allocation are returned once, infeasible ones not at all; unsolved ones are, without a choice.
+    Without a budget on `axis` they begin at its largest total.
     """
     own = [bound.limit for bound in bounds if bound.resource == axis]
     others = [bound for bound in bounds if bound.resource != axis]
-    smallest, highest = costs[axis].smallest, min([costs[axis].largest, *own])
-    levels = np.linspace(highest, smallest, points) if points > 1 else np.array([highest])
+    highest = min([costs[axis].largest, *own])
+    least = solve(np.zeros_like(costs[axis].table), costs, others, minimise=axis, prove=False)
+    smallest = costs[axis].smallest if least.choice is None else least.objective
+    return np.linspace(highest, smallest, points) if points > 1 else np.array([highest])
+
+
+def frontier(
+    loss: Floats,
+    costs: Mapping[Resource, Cost],
+    bounds: Sequence[Bound],
+    axis: Resource,
+    levels: Iterable[float],
+    *,
+    time_limit: float = 10.0,
+    prove: bool = True,
+    gap: float = GAP,
+) -> list[Solution]:
+    """Solve for totals of `axis` of at most each of `levels`; all bounds hold at every level, those on `axis` too.
+
+    Levels that give the same allocation are returned once, infeasible ones not at all; unsolved ones are, without a
+    choice. `time_limit` (of each level), `prove`, `gap` and what is raised are those of `solve`.
+    """
+    own, *others = _distinct(costs, [Bound(axis, axis, np.inf), *bounds])
+    at = [replace(own, limit=min(float(level), own.limit)) for level in levels]
+
+    def solved(level: Bound) -> Solution:
+        return solve(loss, costs, [level, *others], time_limit=time_limit, prove=prove, gap=gap)
+
+    if others:
+        solutions = [solved(level) for level in at]
+    else:
+        open_ = open_choices({"loss": loss} | {name: cost.table for name, cost in costs.items()})
+        capacities = [level.capacity(costs[axis]) for level in at]
+        near = knapsack.frontier(np.where(open_, loss, np.inf), costs[axis].table, capacities, prove=prove, gap=gap)
+        solutions = [
+            solved(level) if prove and one.status == "feasible" else one for one, level in zip(near, at, strict=True)
+        ]
     found: dict[object, Solution] = {}
-    for level in levels:
-        solution = solve(loss, costs, [*others, Bound(axis, axis, float(level))], time_limit=time_limit)
+    for level, solution in zip(at, solutions, strict=True):
         if solution.status != "infeasible":
             found.setdefault(solution.choice.tobytes() if solution.choice is not None else level, solution)
     return list(found.values())
 
 
-def check_jointly_feasible(costs: Mapping[Resource, Cost], bounds: Sequence[Bound]) -> None:
-    """Refuse budgets that each can be met alone but not together.
-
-    Raises InfeasibleBudget naming, for each, the smallest value that the others leave.
-    """
-    if len(bounds) < 2 or solve(_nothing_to_lose(costs), costs, bounds).status != "infeasible":
-        return
-    minimum = {}
+def _distinct(costs: Mapping[Resource, Cost], bounds: Iterable[Bound]) -> list[Bound]:
+    """One bound for all on proportional costs, as size and average bits are: the tightest, as one on the first's."""
+    kept: list[Bound] = []
     for bound in bounds:
-        others = [other for other in bounds if other is not bound]
-        least = solve(costs[bound.resource].table, costs, others)
-        if least.choice is not None:
-            minimum[bound.budget] = costs[bound.resource].total(least.choice) / BUDGETS[bound.budget].scale
-    raise InfeasibleBudget(
-        "each of these budgets can be met alone, but no allocation meets all: "
-        + ", ".join(f"{name} ≥ {value:g} while the others hold" for name, value in minimum.items()),
-        field="budgets",
-        value={bound.budget: bound.limit / BUDGETS[bound.budget].scale for bound in bounds},
-        accepted={"minimum_given_the_others": minimum},
-    )
+        for place, first in enumerate(kept):
+            ratio = _ratio(costs[bound.resource], costs[first.resource])
+            if ratio is not None:
+                limit = (bound.limit - costs[bound.resource].constant) * ratio + costs[first.resource].constant
+                kept[place] = replace(first, limit=min(limit, first.limit))
+                break
+        else:
+            kept.append(bound)
+    return kept
 
 
-def _fits(choice: NDArray[np.int64], tables: Sequence[Cost], bounds: Sequence[Bound]) -> bool:
-    return all(bound.admits(table.total(choice)) for bound, table in zip(bounds, tables, strict=True))
-
-
-def _capacity(bound: Bound, cost: Cost) -> float:
-    """What a budget leaves for the units."""
-    return bound.limit * (1 + TOLERANCE) - cost.constant
-
-
-def _nothing_to_lose(costs: Mapping[Resource, Cost]) -> NDArray[np.float64]:
-    return np.zeros_like(next(iter(costs.values())).table)
-
-
-def _dominated(
-    loss: NDArray[np.float64], tables: Sequence[NDArray[np.float64]], open_: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """Choices that another open one of the same unit equals or betters in the loss and every bounded cost."""
-    objectives = np.stack([np.where(open_, table, np.inf) for table in (loss, *tables)])
-    dominated = np.zeros_like(open_)
-    columns = loss.shape[1]
-    for one in range(columns):
-        for other in range(columns):
-            if one == other:
-                continue
-            no_worse = (objectives[:, :, other] <= objectives[:, :, one]).all(axis=0) & open_[:, other]
-            better = (objectives[:, :, other] < objectives[:, :, one]).any(axis=0)
-            dominated[:, one] |= no_worse & (better | (other < one))
-    return dominated
-
-
-class _Program:
-    """A PuLP problem over the units that have several open choices, its objective and budgets scaled for the solver."""
-
-    def __init__(
-        self, loss: NDArray[np.float64], open_: NDArray[np.bool_], tables: Sequence[Cost], bounds: Sequence[Bound]
-    ) -> None:
-        self._settled = open_.argmax(axis=1)
-        units = np.flatnonzero(open_.sum(axis=1) > 1)
-        self._at = [(int(u), int(s)) for u in units for s in np.flatnonzero(open_[u])]
-        self._problem = pulp.LpProblem("allocation", pulp.LpMinimize)
-        self._x = [self._problem.add_variable(f"x_{u}_{s}", cat=pulp.LpBinary) for u, s in self._at]
-        # Only differences matter: those of each unit from its least.
-        losses = np.array([loss[u, s] - loss[u, open_[u]].min() for u, s in self._at])
-        self._problem += self._sum(losses * OBJECTIVE_SCALE / max(losses.max(initial=0.0), 1e-300))
-        for _, row in groupby(zip(self._x, self._at, strict=True), lambda pair: pair[1][0]):
-            self._problem += pulp.LpAffineExpression((x, 1) for x, _ in row) == 1
-        self._rooms: list[float] = []
-        others = np.setdiff1d(np.arange(len(loss)), units)
-        for bound, cost in zip(bounds, tables, strict=True):
-            room = _capacity(bound, cost) - cost.table[others, self._settled[others]].sum()
-            self._rooms.append(room)
-            costs = np.array([cost.table[at] for at in self._at])
-            # In thousandths of the costs that are still open, so that feasibility tolerances are relative to them.
-            scale = 1000 / max(np.abs(costs).max(initial=0.0), abs(room), 1e-300)
-            self._problem += self._sum(costs * scale) <= room * scale
-
-    def _sum(self, factors: NDArray[np.float64]) -> pulp.LpAffineExpression:
-        return pulp.LpAffineExpression((x, float(factor)) for x, factor in zip(self._x, factors, strict=True))
-
-    def solve(self, time_limit: float) -> Status:
-        if not self._x:
-            return "optimal" if min(self._rooms) >= 0 else "infeasible"
-        solver = pulp.HiGHS(msg=False, timeLimit=time_limit, gapRel=GAP, threads=1, mip_feasibility_tolerance=1e-9)
-        self._problem.solve(solver)
-        # PuLP calls a time-out "Optimal": only sol_status tells them apart.
-        return {
-            pulp.LpSolutionOptimal: "optimal",
-            pulp.LpSolutionIntegerFeasible: "feasible",
-            pulp.LpSolutionInfeasible: "infeasible",
-        }.get(self._problem.sol_status, "unsolved")  # type: ignore[return-value]
-
-    def choice(self) -> NDArray[np.int64] | None:
-        """The schemes chosen; None where the solver's answer is not integral."""
-        choice: NDArray[np.int64] = self._settled.copy()
-        for x, (unit, scheme) in zip(self._x, self._at, strict=True):
-            if abs((x.varValue or 0.0) - round(x.varValue or 0.0)) > 1e-4:
-                return None
-            if (x.varValue or 0.0) > 0.5:
-                choice[unit] = scheme
-        return choice
+def _ratio(one: Cost, other: Cost) -> float | None:
+    """What one's costs are multiplied by to give the other's; None where no positive number does."""
+    if one.resource == other.resource:
+        return 1.0
+    open_ = np.isfinite(one.table) & np.isfinite(other.table)
+    a, b = one.table[open_], other.table[open_]
+    largest = np.abs(a).argmax() if a.any() else None
+    if largest is None or b[largest] / a[largest] <= 0:
+        return None
+    ratio = float(b[largest] / a[largest])
+    return ratio if np.allclose(a * ratio, b, rtol=1e-12, atol=0) else None

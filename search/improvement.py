@@ -6,25 +6,31 @@ hypervolume improvement, Emmerich et al. 2006). A log loss is expected to be nor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import erf, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
 
-from search import knapsack
-from search.pareto import undominated
+from search.pareto import hypervolume, undominated
 from search.surrogate import Surrogate
+from search.sweep import Sweep
 
 Floats = NDArray[np.float64]
 Choice = NDArray[np.int64]
 
 DRAWS = 16
-LEVELS = 24
 SWAPS = 512
-"""What may be measured next: the frontiers of so many draws of the posterior, at so many levels of the cost, and as
-many switches of single units, at most, from configurations of the measured frontier."""
+"""What may be measured next: the frontiers of so many draws of the posterior, and as many switches of single units, at
+most, from configurations of the measured frontier."""
+
+FEW_DRAWS = 4
+FEW_LEVELS = 8
+"""The same, and at how many levels, under several budgets: a program of each takes a hundred times as long."""
+
+MARGIN = 0.25
+"""How far the corner lies beyond the budget, relative to the costs that are swept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,11 @@ class Measured:
         points = np.column_stack([self.costs, self.logs])
         kept = np.flatnonzero(undominated(points) & (points < self.corner).all(axis=1))
         return kept[self.costs[kept].argsort(kind="stable")]
+
+    @property
+    def area(self) -> float:
+        """What they cover together, up to the corner."""
+        return hypervolume(np.column_stack([self.costs, self.logs]), np.array(self.corner))
 
     def gain(self, costs: Floats, means: Floats, deviations: Floats) -> Floats:
         """The area that configurations of these costs, and normal log losses, are expected to add."""
@@ -62,66 +73,62 @@ class Measured:
 
 def propose(
     surrogate: Surrogate,
-    cost: Floats,
-    limit: float,
-    admits: Callable[[Choice], bool],
+    sweep: Sweep,
     choices: NDArray[np.int64],
     losses: Floats,
     count: int,
     generator: np.random.Generator,
+    most_loss: float = np.inf,
 ) -> tuple[list[Choice], float]:
-    """At most `count` choices to measure next, most gainful first, and the area that the first is expected to gain.
+    """At most `count` choices to measure next, most gainful first, and the gain of the first, relative to the area that
+    the measured ones cover.
 
-    `cost` is units × schemes (inf where closed), its total at most `limit`; `admits` says whether a choice keeps the
-    other budgets. `choices` and `losses` are what is measured. Each choice is taken as if those before it had given
-    what is expected of them.
+    All are within the sweep's bounds and new. `choices` (configurations × units) and `losses` are what is measured; a
+    loss above `most_loss` is worth nothing. Each choice is taken as if those before it had given what is expected of
+    them.
     """
-    known = np.asarray(losses) > 0
-    rows = np.arange(cost.shape[0])
-    measured = Measured(
-        cost[rows, choices[known]].sum(axis=1),
-        np.log(losses[known]),
-        (limit * (1 + 1e-9), float(np.log(losses[known].max())) + 1e-9),
-    )
+    told = np.asarray(losses) > 0
+    choices, logs = choices[told], np.log(losses[told])
+    measured = Measured(sweep.totals(choices), logs, _corner(sweep, logs, most_loss))
     seen = {choice.tobytes() for choice in choices}
     candidates = {
         choice.tobytes(): choice
-        for choice in _candidates(surrogate, cost, limit, choices[known][measured.frontier], generator)
-        if choice.tobytes() not in seen and admits(choice)
+        for choice in _candidates(surrogate, sweep, choices[measured.frontier], generator)
+        if choice.tobytes() not in seen and sweep.admits(choice)
     }
     if not candidates:
         return [], 0.0
     pool = np.array(list(candidates.values()))
-    costs = cost[rows, pool].sum(axis=1)
+    costs = sweep.totals(pool)
     means, deviations = surrogate.predict(pool)
-    found: list[Choice] = []
-    first = 0.0
+    covered, first, found = measured.area, 0.0, list[Choice]()
     for _ in range(min(count, len(pool))):
         gains = measured.gain(costs, means, deviations)
         best = int(gains.argmax())
-        if not found:
-            first = float(gains[best])
         if gains[best] <= 0:
             break
+        first = first or float(gains[best]) / max(covered, float(gains[best]))
         found.append(pool[best])
         measured = measured.and_one(costs[best], means[best])
         deviations[best] = 0.0
     return found, first
 
 
+def _corner(sweep: Sweep, logs: Floats, most_loss: float) -> tuple[float, float]:
+    """Beyond the budget, so that what lies at the budget, and nothing betters, counts as well."""
+    smallest = float(sweep.levels[-1])
+    beyond = MARGIN * (sweep.limit - smallest) or 1e-9 * max(abs(sweep.limit), 1e-300)
+    return sweep.limit + beyond, min(float(logs.max(initial=-np.inf)) + 1e-9, float(np.log(most_loss)))
+
+
 def _candidates(
-    surrogate: Surrogate, cost: Floats, limit: float, frontier: NDArray[np.int64], generator: np.random.Generator
+    surrogate: Surrogate, sweep: Sweep, frontier: NDArray[np.int64], generator: np.random.Generator
 ) -> Sequence[Choice]:
-    smallest = cost.min(axis=1).sum()
-    levels = np.linspace(smallest, limit, LEVELS) * (1 + 1e-9)
-    tables = [surrogate.table, *(surrogate.draw(generator) for _ in range(DRAWS))]
-    drawn = [
-        solution.choice
-        for table in tables
-        for solution in knapsack.frontier(table, cost, levels, prove=False)
-        if solution.choice is not None
-    ]
-    open_ = np.argwhere(np.isfinite(cost))
+    one = len(sweep.bounds) < 2
+    draws, levels = (DRAWS, sweep.levels) if one else (FEW_DRAWS, _thinned(sweep.levels, FEW_LEVELS))
+    tables = [surrogate.table, *(surrogate.draw(generator) for _ in range(draws))]
+    drawn = [choice for table in tables for choice in sweep.frontier(table, levels)]
+    open_ = np.argwhere(sweep.open)
     swaps = []
     for at in generator.integers(0, len(frontier) * len(open_), SWAPS) if len(frontier) else ():
         choice = frontier[at // len(open_)].copy()
@@ -129,6 +136,11 @@ def _candidates(
         choice[unit] = scheme
         swaps.append(choice)
     return [*drawn, *swaps]
+
+
+def _thinned(levels: Floats, most: int) -> Floats:
+    kept: Floats = levels[np.unique(np.linspace(0, len(levels) - 1, min(most, len(levels))).round().astype(int))]
+    return kept
 
 
 def _normal_cdf(z: Floats) -> Floats:

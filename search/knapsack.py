@@ -10,23 +10,19 @@ enumerates (Pisinger 1995).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from search.lagrangian import filled
-
-Floats = NDArray[np.float64]
-Choice = NDArray[np.int64]
-"""A scheme index for every unit."""
+from search.switches import Choice, Floats, filled
 
 Status = Literal["optimal", "feasible", "infeasible", "unsolved"]
 
 GAP = 1e-6
-"""Relative gap to the proved bound below which a solution counts as optimal."""
+"""Relative gap to the proved bound below which a solution counts as optimal, unless another is asked for."""
 
 MOST_STATES = 200_000
 """Dynamic programming gives up beyond: what it has found stands, with its gap."""
@@ -34,21 +30,22 @@ MOST_STATES = 200_000
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """`choice` (None when there is none), its predicted loss, and the proved lower `bound` on any choice's.
+    """`choice` (None when there is none), its `objective` (the total minimised: the predicted loss, unless a cost was),
+    and the proved lower `bound` on any choice's.
 
-    `status` is "optimal" only when proved to `GAP`; "feasible" when the search ended before; "unsolved" when it ended
-    before any allocation was found, which says nothing about feasibility.
+    `status` is "optimal" only when proved to the gap asked for; "feasible" when the search ended before; "unsolved"
+    when it ended before any allocation was found, which says nothing about feasibility.
     """
 
     status: Status
     choice: Choice | None = None
-    loss: float = float("nan")
+    objective: float = float("nan")
     bound: float = float("nan")
 
     @property
     def gap(self) -> float:
-        """How far above the bound the loss may be, relative to the bound."""
-        return (self.loss - self.bound) / max(abs(self.bound), 1e-300)
+        """How far above the bound the objective may be, relative to the bound."""
+        return (self.objective - self.bound) / max(abs(self.bound), 1e-300)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +86,28 @@ class Relaxation:
         return choice
 
 
+def open_choices(tables: Mapping[str, Floats]) -> NDArray[np.bool_]:
+    """Which choices are open: those that no table, units × schemes, closes with an inf.
+
+    Raises ValueError for a table that has NaN or −inf for an open one, with its unit and scheme.
+    """
+    open_: NDArray[np.bool_] = ~np.any([table == np.inf for table in tables.values()], axis=0)
+    for name, table in tables.items():
+        for unit, scheme in np.argwhere(open_ & ~np.isfinite(table)):
+            raise ValueError(
+                f"the {name} of unit {unit} at scheme {scheme} is {table[unit, scheme]}; "
+                "accepted: a number, or inf where the choice is closed"
+            )
+    return open_
+
+
 def relax(loss: Floats, cost: Floats) -> Relaxation:
-    """The relaxation of units × schemes losses and costs; a choice is closed where either is infinite.
+    """The relaxation of units × schemes losses and costs; a choice is closed where either is inf.
 
     Every unit has an open choice.
     """
     rows = np.arange(len(loss))
-    open_ = np.isfinite(loss) & np.isfinite(cost)
+    open_ = open_choices({"loss": loss, "cost": cost})
     loss, cost = np.where(open_, loss, np.inf), np.where(open_, cost, np.inf)
     cheapest = cost.min(axis=1, keepdims=True)
     start = np.where(cost == cheapest, loss, np.inf).argmin(axis=1)
@@ -132,14 +144,20 @@ def relax(loss: Floats, cost: Floats) -> Relaxation:
 
 
 def solve(
-    loss: Floats, cost: Floats, capacity: float, *, relaxation: Relaxation | None = None, prove: bool = True
+    loss: Floats,
+    cost: Floats,
+    capacity: float,
+    *,
+    relaxation: Relaxation | None = None,
+    prove: bool = True,
+    gap: float = GAP,
 ) -> Solution:
     """The choice of least loss within the capacity; `relaxation` is `relax(loss, cost)`, where it is known.
 
-    Without `prove`, the relaxation rounded down and filled up: near at once, and its gap says how near.
+    It is proved to `gap`. Without `prove`, the relaxation rounded down and filled up: near at once, and its gap says
+    how near. Raises ValueError as `open_choices` does.
     """
-    open_ = np.isfinite(loss) & np.isfinite(cost)
-    if not open_.any(axis=1).all():
+    if not open_choices({"loss": loss, "cost": cost}).any(axis=1).all():
         return Solution("infeasible")
     relaxation = relaxation or relax(loss, cost)
     k = relaxation.at(capacity)
@@ -148,25 +166,27 @@ def solve(
     choice = filled(relaxation.choice(k), loss, cost[None], np.array([capacity]))
     bound = relaxation.bound(capacity)
     total = _total(loss, choice)
-    if total - bound <= GAP * abs(bound):
+    if total - bound <= gap * abs(bound):
         return Solution("optimal", choice, total, min(bound, total))
     found = Solution("feasible", choice, total, bound)
-    return _improved(found, loss, cost, capacity, relaxation.price(capacity)) if prove else found
+    return _improved(found, loss, cost, capacity, relaxation.price(capacity), gap) if prove else found
 
 
-def frontier(loss: Floats, cost: Floats, capacities: Iterable[float], *, prove: bool = True) -> list[Solution]:
+def frontier(
+    loss: Floats, cost: Floats, capacities: Iterable[float], *, prove: bool = True, gap: float = GAP
+) -> list[Solution]:
     """`solve` for every capacity, from one relaxation."""
-    if not (np.isfinite(loss) & np.isfinite(cost)).any(axis=1).all():
+    if not open_choices({"loss": loss, "cost": cost}).any(axis=1).all():
         return [Solution("infeasible") for _ in capacities]
     relaxation = relax(loss, cost)
-    return [solve(loss, cost, capacity, relaxation=relaxation, prove=prove) for capacity in capacities]
+    return [solve(loss, cost, capacity, relaxation=relaxation, prove=prove, gap=gap) for capacity in capacities]
 
 
 def _total(table: Floats, choice: Choice) -> float:
     return float(table[np.arange(len(choice)), choice].sum())
 
 
-def _improved(known: Solution, loss: Floats, cost: Floats, capacity: float, price: float) -> Solution:
+def _improved(known: Solution, loss: Floats, cost: Floats, capacity: float, price: float, gap: float) -> Solution:
     """The best choice, proved; after `MOST_STATES` the best found, with the bound as it was.
 
     With reduced losses r = loss + price·cost − their least of the unit, a choice's loss is bound + Σ r + price·room,
@@ -179,13 +199,13 @@ def _improved(known: Solution, loss: Floats, cost: Floats, capacity: float, pric
     reduced = loss + price * np.where(np.isfinite(cost), cost, np.inf)
     base = reduced.argmin(axis=1)
     reduced = reduced - reduced[rows, base][:, None]
-    tolerance = GAP * min(abs(bound), abs(known.loss))
-    best, best_loss = known.choice, known.loss
+    tolerance = gap * min(abs(bound), abs(known.objective))
+    best, best_loss = known.choice, known.objective
 
-    def gap() -> float:
+    def within() -> float:
         return best_loss - bound - tolerance
 
-    alternatives = (reduced < gap()) & (np.arange(loss.shape[1]) != base[:, None])
+    alternatives = (reduced < within()) & (np.arange(loss.shape[1]) != base[:, None])
     core = np.flatnonzero(alternatives.any(axis=1))
     core = core[np.argsort(np.where(alternatives, reduced, np.inf)[core].min(axis=1), kind="stable")]
     change = np.where(alternatives, cost - cost[rows, base][:, None], 0.0)[core]
@@ -196,7 +216,7 @@ def _improved(known: Solution, loss: Floats, cost: Floats, capacity: float, pric
     spent, above = np.array([_total(cost, base)]), np.zeros(1)
     layers: list[tuple[Choice, Choice]] = []
     for position, unit in enumerate(core):
-        schemes = np.flatnonzero(alternatives[unit] & (reduced[unit] < gap()))
+        schemes = np.flatnonzero(alternatives[unit] & (reduced[unit] < within()))
         schemes = np.append(schemes, base[unit])
         count = len(spent)
         spent = (spent + (cost[unit, schemes] - cost[unit, base[unit]])[:, None]).ravel()
@@ -205,7 +225,7 @@ def _improved(known: Solution, loss: Floats, cost: Floats, capacity: float, pric
 
         room = capacity - spent
         forced = price * (room - most[position + 1]).clip(min=0)
-        kept = np.flatnonzero((room >= least[position + 1]) & (above + forced < gap()))
+        kept = np.flatnonzero((room >= least[position + 1]) & (above + forced < within()))
         # By cost, then by loss; what costs no less must lose less.
         kept = kept[np.lexsort((above[kept], spent[kept]))]
         losses = above[kept] - price * spent[kept]
@@ -217,7 +237,7 @@ def _improved(known: Solution, loss: Floats, cost: Floats, capacity: float, pric
         if len(kept) > MOST_STATES:
             return Solution("feasible", best, best_loss, bound)
         whole = np.where(spent <= capacity, above + price * (capacity - spent), np.inf)
-        if whole.min() < gap():
+        if whole.min() < within():
             best = _traced(base, core, layers, int(whole.argmin()))
             best_loss = _total(loss, best)
     return Solution("optimal", best, best_loss, max(bound, best_loss - tolerance))

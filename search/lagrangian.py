@@ -12,10 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Choice = NDArray[np.int64]
+from search.switches import Choice, Floats, filled, paired, repaired
 
 TEMPERATURES = 12
 COOLING = 0.2
@@ -23,30 +21,27 @@ NEWTON_STEPS = 6
 HIGHEST = 1e6
 """Times all that may be lost, for all that may be spent: no price is higher."""
 
-SMALLEST_STEP = 1e-4
+ROUNDING = 1e-6
+"""Of all that may be lost: by more than this, no bound is wrong."""
 
-MOST_SWITCHES = 2000
-"""Of single units, that repair or fill an allocation."""
+SMALLEST_STEP = 1e-10
 
 DRAWS = 16
 NEAR = 0.002
-"""So many prices are tried, off by so much of themselves."""
-
-MOST_PAIRS = 64
-CHEAPEST = 400
-"""Switches of two units at once that improve an allocation, and among how many single ones they are sought."""
+"""So many prices are tried at most, off by so much of themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pricing:
     """A price for each budget, in losses per unit of its cost; the `bound`; and what each choice loses above the least
     of its unit at these prices (`reduced`, units × schemes, inf where closed): no allocation that takes it loses less
-    than bound + reduced.
+    than bound + reduced. `infeasible` where that is more than any allocation loses, so that none keeps the budgets.
     """
 
     prices: Floats
     bound: float
     reduced: Floats
+    infeasible: bool
 
 
 def price(loss: Floats, costs: Floats, capacities: Floats) -> Pricing:
@@ -59,94 +54,37 @@ def price(loss: Floats, costs: Floats, capacities: Floats) -> Pricing:
     scales[scales == 0] = 1.0
     extra, room = extra / scales[:, None, None], (capacities - least.sum(axis=(1, 2))) / scales
 
-    spread = float((np.where(open_, loss, -np.inf).max(axis=1) - loss.min(axis=1)).mean()) or 1.0
-    # Where the budgets cannot be met, the bound grows with the prices for ever.
+    worst = np.where(open_, loss, -np.inf).max(axis=1)
+    spread = float((worst - loss.min(axis=1)).mean()) or 1.0
+    # Where fractions of schemes cannot meet the budgets either, the bound grows with the prices for ever.
     highest = HIGHEST * spread * len(loss)
+    beyond = worst.sum() + ROUNDING * (np.abs(worst).sum() + spread * len(loss))
     best = at = np.zeros(len(capacities))
     bound = _bound(loss, extra, room, at)
     for temperature in spread * COOLING ** np.arange(TEMPERATURES):
         at = _newton(loss, extra, room, at, temperature, highest)
         if (found := _bound(loss, extra, room, at)) > bound:
             best, bound = at, found
+        if bound > beyond:
+            break
     priced = loss + np.tensordot(best, extra, 1)
-    return Pricing(best / scales, bound, priced - priced.min(axis=1, keepdims=True))
+    return Pricing(best / scales, bound, priced - priced.min(axis=1, keepdims=True), bool(bound > beyond))
 
 
 def allocate(pricing: Pricing, loss: Floats, costs: Floats, capacities: Floats) -> Choice | None:
-    """The best allocation found within all capacities: what the prices, and others near them, choose, repaired where it
-    exceeds some and filled up where that leaves room. None where repairing always gets stuck, which proves nothing."""
-    generator, rows = np.random.default_rng(0), np.arange(len(loss))
-    best, least = None, np.inf
+    """An allocation within all capacities: what the prices choose, repaired where it exceeds some and improved where
+    that leaves room. Where repairing gets stuck, what other prices near them choose; None where it always does, which
+    proves nothing."""
+    generator = np.random.default_rng(0)
     priced = np.where(np.isfinite(pricing.reduced), costs, 0.0)
     for draw in range(DRAWS):
         away = 0.0 if draw == 0 else NEAR * generator.normal(size=len(capacities))
         reduced = pricing.reduced + np.tensordot(pricing.prices * away, priced, 1)
-        choice = _repaired(reduced.argmin(axis=1), pricing, costs, capacities)
-        if choice is None:
-            continue
-        choice = _paired(pricing, filled(choice, loss, costs, capacities), loss, costs, capacities)
-        total = float(loss[rows, choice].sum())
-        if total < least:
-            best, least = choice, total
-    return best
-
-
-def _repaired(choice: Choice, pricing: Pricing, costs: Floats, capacities: Floats) -> Choice | None:
-    """Switch one unit after the other, the one that pays least for what it relieves, until all capacities are kept."""
-    rows = np.arange(len(choice))
-    scales = np.maximum(np.abs(capacities), 1e-300)
-    for _ in range(MOST_SWITCHES):
-        excess = (costs[:, rows, choice].sum(axis=1) - capacities) / scales
-        if (excess <= 0).all():
-            return choice
-        change = (costs - costs[:, rows, choice][:, :, None]) / scales[:, None, None]
-        relief = excess.clip(min=0).sum() - (excess[:, None, None] + change).clip(min=0).sum(axis=0)
-        paid = pricing.reduced - pricing.reduced[rows, choice][:, None]
-        helps = (relief > 0) & np.isfinite(paid)
-        if not helps.any():
-            return None
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.where(helps, np.maximum(paid, 0) / relief, np.inf)
-        # Of those that cost nothing, the one that relieves most.
-        unit, scheme = np.unravel_index(np.lexsort((-relief.ravel(), ratio.ravel()))[0], ratio.shape)
-        choice[unit] = scheme
+        choice = repaired(reduced.argmin(axis=1), pricing.reduced, costs, capacities)
+        if choice is not None:
+            choice = filled(choice, loss, costs, capacities)
+            return paired(choice, pricing.reduced, loss, costs, capacities)
     return None
-
-
-def filled(choice: Choice, loss: Floats, costs: Floats, capacities: Floats) -> Choice:
-    """Switch one unit after the other, each time the one that saves most of those that fit, while any does."""
-    rows = np.arange(len(choice))
-    room = capacities - costs[:, rows, choice].sum(axis=1)
-    for _ in range(MOST_SWITCHES):
-        extra = costs - costs[:, rows, choice][:, :, None]
-        saved = np.where((extra <= room[:, None, None]).all(axis=0), loss[rows, choice][:, None] - loss, -np.inf)
-        unit, scheme = np.unravel_index(saved.argmax(), saved.shape)
-        if not saved[unit, scheme] > 0:
-            break
-        room = room - extra[:, unit, scheme]
-        choice[unit] = scheme
-    return choice
-
-
-def _paired(pricing: Pricing, choice: Choice, loss: Floats, costs: Floats, capacities: Floats) -> Choice:
-    """Switch two units at once, each time the pair that saves most, while any does; of the cheapest at these prices."""
-    rows = np.arange(len(choice))
-    for _ in range(MOST_PAIRS):
-        paid = pricing.reduced - pricing.reduced[rows, choice][:, None]
-        paid[rows, choice] = np.inf
-        cheapest = np.argsort(paid, axis=None)[:CHEAPEST]
-        units, schemes = np.unravel_index(cheapest[np.isfinite(paid.ravel()[cheapest])], paid.shape)
-        saved = loss[units, choice[units]] - loss[units, schemes]
-        extra = costs[:, units, schemes] - costs[:, units, choice[units]]
-        room = capacities - costs[:, rows, choice].sum(axis=1)
-        fits = (extra[:, :, None] + extra[:, None, :] <= room[:, None, None]).all(axis=0)
-        fits &= units[:, None] != units
-        gains = np.where(fits, saved[:, None] + saved, 0.0)
-        first, second = np.unravel_index(gains.argmax(), gains.shape) if gains.size else (0, 0)
-        if not gains.size or not gains[first, second] > 0:
-            break
-        choice[units[first]], choice[units[second]] = schemes[first], schemes[second]
-    return choice
 
 
 def _bound(loss: Floats, extra: Floats, room: Floats, prices: Floats) -> float:

@@ -1,4 +1,4 @@
-"""Which configurations to measure: the uniform baselines first, then each metric's points along the budget sweep."""
+"""Candidates: how a choice becomes one, which of several sweeps are measured, and which fit and form the frontier."""
 
 from __future__ import annotations
 
@@ -14,66 +14,59 @@ from search.candidate import Candidate, Source
 from search.cost import Cost, Resource
 from search.pareto import undominated
 from search.space import Space
+from search.surrogate import Surrogate
 
 Choice = NDArray[np.int64]
 
 
 def axes(bounds: Sequence[Bound]) -> list[Resource]:
-    """The resources a frontier is drawn over: those with a budget, `size_bytes` when there is none."""
-    return list(dict.fromkeys(bound.resource for bound in bounds)) or ["size_bytes"]
+    """The resources a frontier is drawn over: those with a budget on the whole model, else `size_bytes`."""
+    return list(dict.fromkeys(bound.resource for bound in bounds if bound.of is None)) or ["size_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
-    """Makes candidates of choices: what they cost, and what each metric predicts (tables of units × schemes)."""
+    """Makes candidates of choices: what they cost, and what each metric predicts, as the baselines correct it."""
 
     space: Space
     costs: Mapping[Resource, Cost]
-    predicted: Mapping[str, NDArray[np.float64]]
+    predicting: Mapping[str, Surrogate]
 
     def candidate(self, number: int, source: Source, label: str, choice: Choice) -> Candidate:
         """An unmeasured candidate."""
-        rows = np.arange(len(choice))
         return Candidate(
             number=number,
             source=source,
             label=label,
             allocation=allocation.to_json(allocation.layer_schemes(self.space, choice)),
-            predicted={metric: float(table[rows, choice].sum()) for metric, table in self.predicted.items()},
+            predicted={
+                metric: float(np.exp(surrogate.predict(choice[None])[0][0]))
+                for metric, surrogate in self.predicting.items()
+            },
             costs={resource: cost.total(choice) for resource, cost in self.costs.items()},
         )
 
-    def baselines(self) -> list[Candidate]:
-        """The uniform configurations of the space, numbered from 1."""
-        uniform = [(scheme, self.space.uniform(scheme)) for scheme in self.space.schemes]
-        choices = [(f"uniform {scheme}", choice) for scheme, choice in uniform if choice is not None]
-        return [self.candidate(number, "uniform", *choice) for number, choice in enumerate(choices, start=1)]
 
-    def proposals(
-        self, baselines: Sequence[Candidate], sweeps: Mapping[str, Sequence[Choice]], evaluations: int
-    ) -> list[Candidate]:
-        """`baselines` first, then points of the `sweeps` (by metric, from the budget down).
-
-        What `evaluations` leaves after the baselines is shared evenly among the metrics, each sweep thinned to evenly
-        spaced levels; an allocation is proposed once.
-        """
-        found = {_key(candidate): candidate for candidate in baselines}
-        # A search whose baselines all miss the budget has nothing to show without one proposal.
-        most = max(evaluations, len(found) + (not any(candidate.fits for candidate in baselines)))
-        for index, (metric, sweep) in enumerate(sweeps.items()):
-            share = -(-max(0, most - len(found)) // (len(sweeps) - index))
-            new = {}
-            for choice in sweep:
-                label = f"{metric}, {self.costs['avg_bits'].total(choice):.2f} bits"
-                candidate = self.candidate(0, "ilp", label, choice)
-                if _key(candidate) not in found:
-                    new[_key(candidate)] = candidate
-            found |= {_key(candidate): candidate for candidate in _thinned(list(new.values()), share)}
-        return [replace(candidate, number=number) for number, candidate in enumerate(found.values(), start=1)]
+def baselines(space: Space) -> dict[str, Choice]:
+    """The uniform configurations of a space, by label."""
+    uniform = [(scheme, space.uniform(scheme)) for scheme in space.schemes]
+    return {f"uniform {scheme}": choice for scheme, choice in uniform if choice is not None}
 
 
-def _key(candidate: Candidate) -> str:
-    return allocation.digest(allocation.from_json(candidate.allocation))
+def shared(
+    sweeps: Mapping[str, Sequence[Choice]], count: int, known: Sequence[Choice] = ()
+) -> list[tuple[str, Choice]]:
+    """`count` choices at most, each once and none of those `known`, with the metric that proposes it.
+
+    Shared evenly among the metrics, each sweep thinned to evenly spaced levels.
+    """
+    found: dict[bytes, tuple[str, Choice]] = {}
+    seen = {choice.tobytes() for choice in known}
+    for index, (metric, sweep) in enumerate(sweeps.items()):
+        share = -(-max(0, count - len(found)) // (len(sweeps) - index))
+        new = {key: choice for choice in sweep if (key := choice.tobytes()) not in seen and key not in found}
+        found |= {choice.tobytes(): (metric, choice) for choice in thinned(list(new.values()), share)}
+    return list(found.values())
 
 
 def judge(
@@ -108,7 +101,8 @@ def judge(
     ]
 
 
-def _thinned(candidates: list[Candidate], most: int) -> list[Candidate]:
-    if len(candidates) <= most:
-        return candidates
-    return [candidates[round(level)] for level in np.linspace(0, len(candidates) - 1, most)]
+def thinned(choices: Sequence[Choice], most: int) -> list[Choice]:
+    """At most so many, evenly spaced, the first and the last among them."""
+    if len(choices) <= most:
+        return list(choices)
+    return [choices[round(level)] for level in np.linspace(0, len(choices) - 1, most)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from search.budget import BUDGETS
+from search.inventory import LayerKind
 from search.metrics import MetricName
 from search.scheme import Scheme
 from search.targets import TARGETS
@@ -16,6 +17,9 @@ ModelName = Annotated[
     StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=200),
 ]
 Pattern = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_length=300)]
+Amount = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+KIND = "kind:"
+"""Begins a pattern that names layers by their kind."""
 
 
 class _Strict(BaseModel):
@@ -23,7 +27,7 @@ class _Strict(BaseModel):
 
 
 class Calibration(_Strict):
-    """The data on which the loss is measured. Two further, disjoint splits of the same size decide what is accepted, and
+    """The data on which the loss is measured. Two further, disjoint splits of its size decide what is accepted, and
     what is reported."""
 
     dataset: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)] | None = None
@@ -61,38 +65,72 @@ class SpaceRequest(_Strict):
         return {pattern: str(Scheme.parse(text, "space.pin")) for pattern, text in pin.items()}
 
 
-class Budgets(_Strict):
+class _Bounds(_Strict):
+    def named(self) -> dict[str, float]:
+        """The budgets that were given, by name; without the limits on some of the layers."""
+        return {name: value for name in BUDGETS if (value := getattr(self, name, None)) is not None}
+
+
+class Limit(_Bounds):
+    """Upper bounds on what the layers of a pattern cost together, all of which hold. At least one is named."""
+
+    avg_bits: Amount | None = None
+    """Stored bits per weight of these layers."""
+    size_mb: Amount | None = None
+    """These layers at their schemes, in 10⁶ bytes."""
+    gbitops: Amount | None = None
+    """10⁹ bit operations of these layers for one token or one image."""
+
+    @model_validator(mode="after")
+    def _some_bound(self) -> Self:
+        if not self.named():
+            raise ValueError(f"name at least one of {', '.join(Limit.model_fields)}")
+        return self
+
+
+class Budgets(_Bounds):
     """Upper bounds, all of which hold. At least one is named."""
 
-    avg_bits: float | None = Field(None, gt=0, le=1e12, allow_inf_nan=False)
+    avg_bits: Amount | None = None
     """Stored bits per searched weight; scales and zero points are counted (w4a16g64 is 4.25)."""
-    size_mb: float | None = Field(None, gt=0, le=1e12, allow_inf_nan=False)
+    size_mb: Amount | None = None
     """The whole model in 10⁶ bytes: searched layers at their schemes, everything else at 16 bits."""
-    gbitops: float | None = Field(None, gt=0, le=1e12, allow_inf_nan=False)
+    gbitops: Amount | None = None
     """10⁹ bit operations for one token or one image: MACs × weight bits × activation bits."""
-    loss_increase: float | None = Field(None, gt=0, le=1e12, allow_inf_nan=False)
+    loss_increase: Amount | None = None
     """Measured divergence from full precision on the held-out split."""
+    limits: dict[Pattern, Limit] = Field(default_factory=dict, max_length=32)
+    """Budgets on some of the layers, by name or glob, or by kind: `{"*.down_proj": {"avg_bits": 6.25},
+    "kind:embedding": {"size_mb": 20}}`. Each bounds what its layers cost together."""
+
+    @field_validator("limits")
+    @classmethod
+    def _known_kinds(cls, limits: dict[str, Limit]) -> dict[str, Limit]:
+        for pattern in limits:
+            kind = pattern.removeprefix(KIND)
+            if kind != pattern and kind not in get_args(LayerKind):
+                raise ValueError(f"'{kind}' is not a kind of layer; accepted: {', '.join(get_args(LayerKind))}")
+        return limits
 
     @model_validator(mode="after")
     def _some_budget(self) -> Self:
-        if not self.named():
-            raise ValueError(f"name at least one budget of {', '.join(BUDGETS)}")
+        if not self.named() and not self.limits:
+            raise ValueError(f"name at least one budget of {', '.join(BUDGETS)}, or limits on some of the layers")
         return self
-
-    def named(self) -> dict[str, float]:
-        """The budgets that were given, by name."""
-        return {name: value for name, value in self.model_dump().items() if value is not None}
 
 
 class Optimizer(_Strict):
     """How configurations are searched, and how many are measured."""
 
-    method: Literal["auto", "ilp"] = "auto"
-    """`ilp`: integer programs on the predicted loss, one per metric and budget level. `auto` is `ilp`."""
+    method: Literal["auto", "ilp", "refine", "evolution"] = "auto"
+    """`ilp`: integer programs on the predicted loss, one per metric and budget level. `refine`: then the measurements
+    correct the predictions, and what promises most is measured next, as long as evaluations remain. `evolution`: then
+    NSGA-II breeds from what is measured. `auto` is `refine`."""
     points: int = Field(20, ge=1, le=200)
-    """Budget levels swept by each metric's integer program."""
+    """Budget levels that are swept."""
     evaluations: int = Field(64, ge=1, le=10_000)
-    """Most configurations to measure. The uniform baselines come first and are always measured."""
+    """Most configurations to measure on the calibration data. The uniform baselines come first and are always measured;
+    the best of every level are measured again on two further splits, to be accepted and reported."""
 
 
 class SearchRequest(_Strict):

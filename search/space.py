@@ -73,7 +73,7 @@ def build_space(inventory: Inventory, request: SpaceRequest, target: Target) -> 
     searched = [layer for layer in inventory.layers if not _ignored(layer, request, target)]
     ignored = tuple(layer for layer in inventory.layers if layer not in searched)
     for pattern in pins:
-        if not any(_matches(layer, pattern) for layer in searched):
+        if not any(matches(layer, pattern) for layer in searched):
             raise InvalidRequest(
                 f"the pin '{pattern}' matches no searched layer",
                 field="space.pin",
@@ -133,10 +133,11 @@ def _check_whole(searched: list[Layer], ignored: tuple[Layer, ...], target: Targ
 
 
 def _ignored(layer: Layer, request: SpaceRequest, target: Target) -> bool:
-    return target.refuses(layer) is not None or any(_matches(layer, pattern) for pattern in request.ignore)
+    return target.refuses(layer) is not None or any(matches(layer, pattern) for pattern in request.ignore)
 
 
-def _matches(layer: Layer, pattern: str) -> bool:
+def matches(layer: Layer, pattern: str) -> bool:
+    """Whether a name or glob names the layer, by its own name or by one of another module that shares its weight."""
     return any(fnmatchcase(name, pattern) for name in (layer.name, *layer.aliases))
 
 
@@ -153,7 +154,7 @@ def _accepted(scheme: Scheme, target: Target, field: str) -> Scheme:
 
 
 def _pinned(unit: Unit, pins: dict[str, Scheme]) -> list[Scheme]:
-    found = {scheme for pattern, scheme in pins.items() for layer in unit.layers if _matches(layer, pattern)}
+    found = {scheme for pattern, scheme in pins.items() for layer in unit.layers if matches(layer, pattern)}
     if len(found) > 1:
         raise InvalidRequest(
             f"the pins give {unit.name} several schemes",

@@ -14,7 +14,7 @@ others. Whatever γ, the best allocation under a budget is the knapsack's on p·
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 Choices = NDArray[np.int64]
 """Configurations × units: scheme indices."""
 
-SPREADS = {"all": 3.0, "scheme": 0.5, "kind": 0.4, "kind, scheme": 0.2, "depth": 0.3, "depth, scheme": 0.15}
+SPREADS = {"all": 10.0, "scheme": 0.5, "kind": 0.4, "kind, scheme": 0.2, "depth": 0.3, "depth, scheme": 0.15}
 SPREADS |= {"unit": 0.4, "choice": 0.3, "metric": 0.5}
 """Standard deviations of effects, before all but the first are scaled by one factor."""
 
@@ -203,22 +203,6 @@ class Surrogate:
         derivatives = jacobian.reshape(count, width)
         derivatives[:, -1] = log_totals
         return power * log_totals, derivatives
-
-
-def scheme_factors(
-    predicted: NDArray[np.float64], uniform: Sequence[tuple[int, NDArray[np.int64], float]]
-) -> NDArray[np.float64]:
-    """A factor for each scheme that makes the prediction of its uniform configuration what was measured.
-
-    `predicted` is units × schemes; `uniform` holds (scheme index, choice, measured loss). Schemes without a uniform
-    measurement, or with nothing predicted or lost, keep 1.
-    """
-    factors = np.ones(predicted.shape[1])
-    for column, choice, loss in uniform:
-        total = predicted[np.arange(len(choice)), choice].sum()
-        if np.isfinite(total) and total > 0 and loss > 0:
-            factors[column] = loss / total
-    return factors
 
 
 def _logs(table: Floats) -> Floats:

@@ -12,6 +12,7 @@ from sqlalchemy import Engine, text
 
 from db import embedded
 from db.engine import connect, migrate
+from db.studies import SCHEMA
 from db.tables import Base
 
 
@@ -51,10 +52,11 @@ def migrated_engine(postgres_url: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def engine(migrated_engine: Engine) -> Engine:
-    """An engine on the run's Postgres with all tables empty and ids that start at 1."""
+    """An engine on the run's Postgres with all tables empty, ids that start at 1, and no studies."""
     tables = ", ".join(Base.metadata.tables)
     with migrated_engine.begin() as connection:
         connection.execute(text(f"TRUNCATE {tables} RESTART IDENTITY"))
+        connection.execute(text(f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE"))
     return migrated_engine
 
 

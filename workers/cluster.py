@@ -29,6 +29,8 @@ class Pool(Protocol):
     """Evaluators of one spec. `map` gives each result as it comes; what a function raises, it raises."""
 
     spec: EvaluatorSpec
+    described: Result | None
+    """What is known of the model and its data, once a search has asked; it holds for all that share the pool."""
 
     def __len__(self) -> int:
         """How many evaluators there are."""
@@ -48,6 +50,7 @@ class InProcessPool:
 
     def __init__(self, spec: EvaluatorSpec) -> None:
         self.spec = spec
+        self.described: Result | None = None
         self._evaluator: Evaluator | None = None
 
     def __len__(self) -> int:
@@ -72,8 +75,8 @@ class RayPool:
     """
 
     def __init__(self, spec: EvaluatorSpec) -> None:
-
         self.spec = spec
+        self.described: Result | None = None
         self._ray = ray = start_ray()
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if spec.device == "cuda" else 0

@@ -18,6 +18,9 @@ from search.request import SearchRequest
 from workers.cluster import Pool
 from workers.tasks import Content, Item, Result, Task
 
+NAMED = 5
+"""So many units a message names at most."""
+
 
 @dataclass(slots=True)
 class Run:
@@ -51,21 +54,26 @@ class Run:
         items: Sequence[Item],
         stage: Stage,
         done: Callable[[int, Result], None] = lambda _index, _result: None,
+        *,
         vet: Callable[[Item, Result], None] = lambda _item, _result: None,
+        part: tuple[float, float, float] | None = None,
     ) -> list[Result]:
         """Results of `task` on `items`, in order: stored ones are reused, each new one is stored as soon as it comes.
 
         `done` hears of each result as it comes; `vet` sees each new one before it is stored, and raises what is wrong.
+        The items are all of the stage's steps; or, by `part`, what comes after so many, of so many, each being so much
+        of a step.
         """
         assert self.content is not None
         keys = [self.content.key(task, item) for item in items]
         results: dict[int, Result] = {}
+        before, total, step = part or (0, len(items), 1)
         stored = get_results(self.engine, keys)
 
         def finish(index: int, result: Result) -> None:
             results[index] = result
             done(index, result)
-            queue.progress(self.engine, self.claim, stage, len(results), len(items))
+            queue.progress(self.engine, self.claim, stage, int(before + step * len(results) + 1e-9), int(total))
 
         for index, key in enumerate(keys):
             if key in stored:
@@ -81,3 +89,8 @@ class Run:
             self.check()
             finish(missing[position], result)
         return [results[index] for index in range(len(items))]
+
+
+def listed(names: Sequence[str]) -> str:
+    """At most five names; the others are counted."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -101,8 +101,8 @@ def _layout(frontier: Frontier, resource: str, floor: float) -> dict[str, Any]:
     notes: list[dict[str, Any]] = []
     left, right = _span([point.costs[resource] / scale for point in frontier.measured])
     low, high = _span([log10(max(point.metrics["loss"], floor)) for point in frontier.measured])
-    if resource in frontier.limits:
-        x = frontier.limits[resource] / scale
+    if resource in frontier.ends:
+        x = frontier.ends[resource] / scale
         shapes.append({"type": "line", "xref": "x", "yref": "paper", "x0": x, "x1": x, "y0": 0, "y1": 1})
         near = left - (right - left) <= x <= right + (right - left)
         if near and not left < x < right:

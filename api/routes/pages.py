@@ -28,6 +28,7 @@ router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 PAGE_LENGTH = 25
 MOST_EVENTS = 10_000
 STAGES = ("profile", "sensitivity", "baselines", "optimize", "measure")
+LOOPS = {"ilp": (), "evolution": ("evolve",)}
 SHORTLY = {"Cache-Control": "public, max-age=300"}
 FOR_A_YEAR = {"Cache-Control": "public, max-age=31536000, immutable"}
 STATIC_FILES = {path.name: path for path in STATIC.iterdir() if path.suffix in (".css", ".js", ".svg")}
@@ -125,7 +126,7 @@ def _search_values(engine: Database, frontier: Frontier) -> dict[str, Any]:
         "rows": frontier.measured,
         "payload": charts.payload(frontier),
         "live": search.state not in FINISHED,
-        "stages": STAGES,
+        "stages": (*STAGES, *LOOPS.get(search.request["optimizer"]["method"], ("refine",)), "accept"),
         "stage_about": announcement(stages[-1], passes=True) if stages else "",
         "last_event": events[-1].id if events else 0,
         "reports": reports,

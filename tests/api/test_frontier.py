@@ -36,6 +36,19 @@ def test_frontier_holds_fitting_points_and_the_baselines(client: TestClient, fro
     assert "predicted" not in document
 
 
+def test_a_request_with_limits_on_some_layers_has_a_frontier_too(client: TestClient, engine: Engine) -> None:
+    limits = {"*.output.dense": {"avg_bits": 6.25}, "kind:embedding": {"size_mb": 20}}
+    search_id = examples.finished_search(engine, budgets={"avg_bits": 5.25, "limits": limits})
+    search = client.get(f"/v1/searches/{search_id}").json()
+    document = client.get(f"/v1/searches/{search_id}/frontier").json()
+    assert search["budgets"] == document["budgets"] == {"avg_bits": 5.25}
+    assert document["limits"] == limits
+    assert document["points"]
+    page = client.get(f"/searches/{search_id}").text
+    assert "≤ 6.25 bits per weight of *.output.dense" in page
+    assert "≤ 20 MB of kind:embedding" in page
+
+
 def test_groups_together_are_all_candidates(client: TestClient, frontier: Frontier) -> None:
     document = client.get("/v1/searches/1/frontier?include=dominated,predicted,baselines").json()
     numbers = {

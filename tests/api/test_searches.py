@@ -56,6 +56,26 @@ def test_infeasible_budget_is_refused_with_the_smallest(
     assert client.post("/v1/searches", json=examples.REQUEST | {"budgets": feasible}).status_code == 202
 
 
+@pytest.mark.parametrize(
+    ("pattern", "limit", "field", "accepted"),
+    [
+        ("*.output.dense", {"avg_bits": 4}, "budgets.limits.*.output.dense.avg_bits", "4.25"),
+        ("*.down_proj", {"avg_bits": 6}, "budgets.limits.*.down_proj", "kind:linear"),
+        ("*.query", {"size_mb": 9}, "budgets.limits.*.query", "attention.self.key"),
+        ("kind:dense", {"size_mb": 9}, "budgets.limits", "embedding"),
+    ],
+)
+def test_impossible_limit_is_refused(
+    client: TestClient, engine: Engine, pattern: str, limit: dict[str, float], field: str, accepted: str
+) -> None:
+    examples.store_model(engine)
+    budgets = {"avg_bits": 5.25, "limits": {pattern: limit}}
+    answer = client.post("/v1/searches", json=examples.REQUEST | {"budgets": budgets})
+    assert answer.status_code == 422
+    assert answer.json()["field"] == field
+    assert accepted in str(answer.json())
+
+
 def test_impossible_space_is_refused(client: TestClient, engine: Engine) -> None:
     examples.store_model(engine)
     for space, field in (

@@ -45,7 +45,7 @@ def test_three_processes_migrate_at_once(engine: Engine, postgres_url: str) -> N
     assert [process.wait(60) for process in processes] == [0, 0, 0]
     fresh = connect(url)
     with fresh.connect() as connection:
-        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all() == ["0001"]
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all() == ["0002"]
     migrate(fresh)
     fresh.dispose()
 

@@ -1,4 +1,4 @@
-"""Costs are the real ones, and budgets are hard."""
+"""Costs are the real ones."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search.allocation import layer_schemes
-from search.budget import Bound, check_feasible, cost_bounds
 from search.cost import cost_tables
-from search.errors import InfeasibleBudget
 from tests.search.spaces import decoder, space
 
 MODEL = decoder()
@@ -43,23 +41,3 @@ def test_what_a_unit_may_not_take_costs_infinitely_much() -> None:
     pinned = space(MODEL, pin={"*.o_proj": "w8a16g32"})
     table = cost_tables(pinned, MODEL)["size_bytes"].table
     assert (np.isinf(table) == ~pinned.allowed).all()
-
-
-@pytest.mark.parametrize(("name", "value"), [("avg_bits", 4.4), ("size_mb", 0.1), ("gbitops", 0.0001)])
-def test_an_infeasible_budget_is_refused_with_the_smallest_feasible_value(name: str, value: float) -> None:
-    with pytest.raises(InfeasibleBudget) as refused:
-        check_feasible(cost_bounds({name: value}), COSTS)
-    problem = refused.value.problem()
-    assert problem["field"] == f"budgets.{name}"
-    smallest = problem["accepted"]["minimum"]
-    assert smallest > value
-    check_feasible(cost_bounds({name: smallest}), COSTS)
-    with pytest.raises(InfeasibleBudget):
-        check_feasible(cost_bounds({name: smallest * 0.99999}), COSTS)
-
-
-def test_a_budget_admits_what_meets_it_exactly_and_nothing_above() -> None:
-    bound = Bound("avg_bits", "avg_bits", 4.25)
-    assert bound.admits(4.25)
-    assert bound.admits(4.25 * (1 + 1e-15))
-    assert not bound.admits(4.250001)

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
+from search.budget import Bound
+from search.cost import Cost
 from search.improvement import Measured, propose
 from search.pareto import hypervolume
 from search.space import Space
 from search.surrogate import Features, Surrogate
+from search.sweep import Sweep
 from tests.search import spaces
 
 BITS = np.array([2.0, 3.0, 4.0, 8.0])
@@ -65,29 +68,49 @@ def test_in_sixty_measurements_the_frontier_of_all_configurations_is_nearly_foun
         return hypervolume(own, corner) / everything_known
 
     features = Features.of(space, {"proxy": proxy})
+    costs = {"size": Cost("size", cost, 0.0)}
+    sweep = Sweep.of(costs, [Bound("size", "size", float(points[:, 0].max()))], "size", 24)
     choices = np.vstack([np.full((1, len(proxy)), s) for s in range(4)] + [rng.integers(0, 4, (6, len(proxy)))])
     at_first = found(choices)
     while len(choices) < 60:
         losses = truth[rows, choices].sum(axis=1)
         fitted = Surrogate.fit(features, choices, losses)
-        new, gain = propose(fitted, cost, points[:, 0].max(), lambda _: True, choices, losses, 5, rng)
-        assert gain >= 0
+        new, gain = propose(fitted, sweep, choices, losses, 5, rng)
+        assert 0 <= gain <= 1
         choices = np.vstack([choices, *new])
     assert len(np.unique(choices, axis=0)) == len(choices)
     assert at_first < 0.9
     assert found(choices) > 0.985
 
 
-def test_every_budget_is_kept_and_closed_choices_are_not_proposed(space: Space) -> None:
+@pytest.mark.parametrize("most", [np.inf, 0.05])
+def test_every_budget_is_kept_and_closed_choices_are_not_proposed(space: Space, most: float) -> None:
     proxy, truth, cost = world(space, 1)
+    other = np.random.default_rng(2).lognormal(0, 0.5, cost.shape) * BITS
     cost[2, 3] = np.inf
     rows, rng = np.arange(len(proxy)), np.random.default_rng(0)
     choices = rng.integers(0, 3, (12, len(proxy)))
     losses = truth[rows, choices].sum(axis=1)
-    limit = float(np.median(cost[rows, choices].sum(axis=1)))
+    bounds = [
+        Bound(name, name, float(np.median(table[rows, choices].sum(axis=1))))
+        for name, table in (("size", cost), ("latency", other))
+    ]
+    sweep = Sweep.of({"size": Cost("size", cost, 0.0), "latency": Cost("latency", other, 0.0)}, bounds, "size", 12)
     fitted = Surrogate.fit(Features.of(space, {"proxy": np.where(np.isfinite(cost), proxy, np.inf)}), choices, losses)
-    new, _ = propose(fitted, cost, limit, lambda choice: bool(choice[0] != 2), choices, losses, 10, rng)
+    new, _ = propose(fitted, sweep, choices, losses, 10, rng, most)
     assert new
     for choice in new:
-        assert cost[rows, choice].sum() <= limit * (1 + 1e-8)
-        assert choice[0] != 2
+        assert np.isfinite(cost[rows, choice].sum())
+        assert sweep.admits(choice)
+        assert not (choices == choice).all(axis=1).any()
+
+
+def test_what_lies_at_the_budget_counts_though_nothing_dearer_is_allowed(space: Space) -> None:
+    proxy, truth, cost = world(space, 3)
+    rows = np.arange(len(proxy))
+    sweep = Sweep({"size": Cost("size", cost, 0.0)}, [], "size", np.array([cost[:, 1].sum()]))
+    choices = np.full((1, len(proxy)), 1)
+    fitted = Surrogate.fit(Features.of(space, {"proxy": proxy}), choices, truth[rows, choices].sum(axis=1))
+    new, gain = propose(fitted, sweep, choices, truth[rows, choices].sum(axis=1), 1, np.random.default_rng(0))
+    assert gain > 0
+    assert sweep.totals(new)[0] <= sweep.limit * (1 + 1e-8)

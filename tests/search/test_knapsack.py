@@ -64,9 +64,9 @@ def test_the_solution_is_the_best_of_all_allocations(problem: tuple[Table, Table
     assert found.choice is not None
     rows = np.arange(len(loss))
     assert cost[rows, found.choice].sum() <= capacity
-    assert loss[rows, found.choice].sum() == pytest.approx(found.loss, rel=1e-12)
+    assert loss[rows, found.choice].sum() == pytest.approx(found.objective, rel=1e-12)
     scale = np.abs(loss[np.isfinite(loss)]).max()
-    assert found.loss == pytest.approx(best, rel=2 * knapsack.GAP, abs=1e-12 * scale)
+    assert found.objective == pytest.approx(best, rel=2 * knapsack.GAP, abs=1e-12 * scale)
     assert found.bound <= best + 1e-12 * scale
 
 
@@ -81,7 +81,7 @@ def test_without_a_proof_the_stated_gap_holds(problem: tuple[Table, Table, float
     assert found.choice is not None
     scale = 1e-12 * np.abs(loss[np.isfinite(loss)]).max()
     assert cost[np.arange(len(loss)), found.choice].sum() <= capacity
-    assert found.bound - scale <= best <= found.loss + scale
+    assert found.bound - scale <= best <= found.objective + scale
 
 
 @settings(max_examples=60, deadline=None)
@@ -139,9 +139,9 @@ def test_a_frontier_is_proved_optimal_at_every_capacity(seed: int) -> None:
     found = frontier(loss, cost, capacities)
     assert {point.status for point in found} == {"optimal"}
     assert max(point.gap for point in found) <= 2 * knapsack.GAP
-    assert (np.diff([point.loss for point in found]) <= 0).all()
+    assert (np.diff([point.objective for point in found]) <= 0).all()
     near = frontier(loss, cost, capacities, prove=False)
-    assert all(one.loss >= best.loss * (1 - knapsack.GAP) for one, best in zip(near, found, strict=True))
+    assert all(one.objective >= best.objective * (1 - knapsack.GAP) for one, best in zip(near, found, strict=True))
     assert np.median([point.gap for point in near]) <= 1e-3
 
 
@@ -156,18 +156,18 @@ def test_when_states_run_out_the_gap_is_stated(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(knapsack, "MOST_STATES", 1)
     found = solve(loss, cost, 4.1)
     assert (found.status, best.status) == ("feasible", "optimal")
-    assert found.bound <= best.loss <= found.loss
+    assert found.bound <= best.objective <= found.objective
 
 
 class TestEdges:
     def test_one_scheme_or_pinned_units_leave_one_allocation(self) -> None:
         loss = np.array([[1.0, 5.0], [2.0, 0.5]])
         cost = np.array([[1.0, np.inf], [np.inf, 4.0]])
-        assert solve(loss, cost, 5.0).loss == 1.5
+        assert solve(loss, cost, 5.0).objective == 1.5
         assert solve(loss, cost, 4.9).status == "infeasible"
 
     def test_a_unit_without_an_open_choice_makes_it_infeasible(self) -> None:
-        loss, cost = np.array([[1.0], [np.nan]]), np.ones((2, 1))
+        loss, cost = np.array([[1.0], [np.inf]]), np.ones((2, 1))
         assert solve(loss, cost, 9.0).status == "infeasible"
         assert [point.status for point in frontier(loss, cost, [1.0, 9.0])] == ["infeasible"] * 2
 
@@ -178,4 +178,4 @@ class TestEdges:
         assert found.choice.tolist() == loss.argmin(axis=1).tolist()
 
     def test_of_equal_costs_the_least_loss_is_taken(self) -> None:
-        assert solve(np.array([[3.0, 1.0, 2.0]]), np.ones((1, 3)), 1.0).loss == 1.0
+        assert solve(np.array([[3.0, 1.0, 2.0]]), np.ones((1, 3)), 1.0).objective == 1.0

@@ -1,8 +1,9 @@
-"""What is measured, and what the frontier may hold."""
+"""How choices become candidates, which of them are measured, and what the frontier may hold."""
 
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,7 +11,8 @@ from search.agreement import spearman
 from search.budget import Bound
 from search.candidate import Candidate
 from search.cost import cost_tables
-from search.proposals import Drafts, axes, judge
+from search.proposals import Drafts, axes, baselines, judge, shared
+from search.surrogate import Features, Surrogate
 from tests.search.spaces import decoder, space
 
 MODEL = decoder()
@@ -28,41 +30,39 @@ def mixed(count: int) -> list[np.ndarray]:
     return [rng.integers(0, 3, len(SPACE.units)) for _ in range(count)]
 
 
-def propose(sweeps: dict[str, list[np.ndarray]], evaluations: int) -> list[Candidate]:
-    drafts = Drafts(SPACE, COSTS, dict.fromkeys(sweeps, TABLE))
-    return drafts.proposals(drafts.baselines(), sweeps, evaluations)
-
-
-def test_uniform_baselines_come_first_and_are_always_there() -> None:
-    found = propose({"kl": mixed(5)}, evaluations=1)[:3]
-    assert [candidate.label for candidate in found] == ["uniform w4a16g32", "uniform w6a16g32", "uniform w8a16g32"]
+def test_the_baselines_are_the_uniform_configurations() -> None:
+    assert list(baselines(SPACE)) == ["uniform w4a16g32", "uniform w6a16g32", "uniform w8a16g32"]
+    assert [set(choice.tolist()) for choice in baselines(SPACE).values()] == [{0}, {1}, {2}]
+    assert not baselines(space(MODEL, pin={"*": "w4a16g32"}))
 
 
 def test_evaluations_are_shared_among_metrics_and_each_allocation_is_proposed_once() -> None:
-    found = propose({"a": mixed(20), "b": [*mixed(20), *sweep(0), *mixed(40)]}, evaluations=33)
-    assert len(found) == 33
-    assert sum(candidate.label.startswith("a,") for candidate in found) == 15
-    assert len({tuple(candidate.allocation.items()) for candidate in found}) == len(found)
-    assert [candidate.number for candidate in found] == list(range(1, len(found) + 1))
+    known = sweep(0, 1, 2)
+    found = shared({"a": mixed(20), "b": [*mixed(20), *sweep(0), *mixed(40)]}, 30, known)
+    assert [metric for metric, _ in found] == ["a"] * 15 + ["b"] * 15
+    assert len({choice.tobytes() for _, choice in [*found, *(("", choice) for choice in known)]}) == 33
+
+
+def test_what_one_metric_leaves_the_others_take() -> None:
+    assert [metric for metric, _ in shared({"a": mixed(2), "b": mixed(40)}, 20)] == ["a"] * 2 + ["b"] * 18
 
 
 def test_a_thinned_sweep_keeps_its_ends() -> None:
-    whole = propose({"kl": mixed(20)}, evaluations=100)
-    few = propose({"kl": mixed(20)}, evaluations=6)
-    assert [few[3].allocation, few[-1].allocation] == [whole[3].allocation, whole[-1].allocation]
+    whole = mixed(20)
+    few = [choice.tobytes() for _, choice in shared({"kl": whole}, 3)]
+    assert [few[0], few[-1]] == [whole[0].tobytes(), whole[-1].tobytes()]
+    assert not shared({"kl": whole}, 0)
 
 
-def test_a_sweep_point_that_is_uniform_is_the_baseline() -> None:
-    found = propose({"kl": sweep(0, 2)}, evaluations=10)
-    assert [candidate.source for candidate in found] == ["uniform"] * 3
-
-
-def test_a_budget_below_every_baseline_still_gets_its_proposal() -> None:
-    drafts = Drafts(SPACE, COSTS, {"kl": TABLE})
-    missed = drafts.proposals(drafts.baselines(), {"kl": mixed(9)}, evaluations=1)
-    assert [one.source for one in missed] == ["uniform"] * 3 + ["ilp"]
-    met = [replace(one, fits=True) for one in drafts.baselines()]
-    assert len(drafts.proposals(met, {"kl": mixed(9)}, evaluations=1)) == 3
+def test_a_candidate_says_what_it_costs_and_what_each_metric_predicts() -> None:
+    features = Features.of(SPACE, {"kl": TABLE})
+    surrogate = Surrogate.fit(features, np.empty((0, len(SPACE.units)), dtype=np.int64), np.empty(0))
+    (choice,) = sweep(1)
+    made = Drafts(SPACE, COSTS, {"kl": surrogate}).candidate(7, "ilp", "label", choice)
+    assert (made.number, made.source, made.label, made.loss) == (7, "ilp", "label", None)
+    assert set(made.allocation.values()) == {"w6a16g32"}
+    assert made.costs == {name: cost.total(choice) for name, cost in COSTS.items()}
+    assert made.predicted["kl"] == pytest.approx(len(SPACE.units))
 
 
 def test_axes_are_the_budgeted_resources() -> None:

@@ -1,0 +1,151 @@
+"""The loop that corrects predictions by measuring: fit, propose what promises most, race it, fit again.
+
+Predictions say where to look, measurements say how far off they are, and what is measured next is what the frontier is
+expected to gain most from. It ends when the evaluations are spent, or when twice in a row nothing promises to move the
+frontier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.candidate import Source
+from search.improvement import propose
+from search.racing import Choice, Measure, charged, race
+from search.surrogate import Features, Surrogate
+from search.sweep import Sweep
+
+Floats = NDArray[np.float64]
+
+TOGETHER = 4
+"""Proposals that are measured before the next fit, at least."""
+
+CALM = 1e-4
+"""Of the area under the frontier: what promises less moves nothing."""
+
+DRAWN = 1 / 3
+"""Of the first measurements, the share that are drawn at random, so that the errors of the predictions show."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A measured configuration: its loss on the calibration data (`loss`; of the samples where all were measured), and
+    what was expected before: mean and standard deviation of its logarithm."""
+
+    choice: Choice
+    source: Source
+    loss: float
+    samples: Floats
+    expected: tuple[float, float] | None = None
+
+    @property
+    def tier(self) -> int:
+        """How much it may owe to luck: uniform configurations nothing, predicted ones little, those that measuring
+        found most."""
+        return {"uniform": 0, "ilp": 1}.get(self.source, 2)
+
+
+@dataclass(slots=True)
+class Refinement:
+    """What is measured so far, and the means to measure more.
+
+    `spent` counts evaluations: one is a configuration measured on all the calibration data.
+    """
+
+    sweep: Sweep
+    features: Features
+    measure: Measure
+    batch_sizes: Sequence[int]
+    evaluations: int
+    seed: int = 0
+    most_loss: float = np.inf
+    together: int = TOGETHER
+    trials: list[Trial] = field(default_factory=list)
+    spent: float = 0.0
+    gain: float = np.inf
+    """What the best of the last proposals promised, relative to the area under the frontier."""
+
+    @property
+    def left(self) -> int:
+        """Whole evaluations that are left."""
+        return max(0, int(self.evaluations - self.spent + 1e-9))
+
+    def surrogate(self) -> Surrogate:
+        """The predictions as all measurements correct them."""
+        return Surrogate.fit(self.features, *self._measured())
+
+    def whole(self, choices: Sequence[Choice], source: Source) -> list[Trial]:
+        """Measure new configurations on all the calibration data; those that were measured before are left out."""
+        new = self._new(choices)
+        return self._told(new, source, [None] * len(new)) if new else []
+
+    def drawn(self, count: int) -> list[Choice]:
+        """At most `count` configurations that are best if the predictions err as they well may, at random levels."""
+        surrogate, generator = self.surrogate(), self._generator()
+        return [
+            choice
+            for _ in range(count)
+            for choice in self.sweep.frontier(surrogate.draw(generator), generator.choice(self.sweep.levels, 1))
+        ]
+
+    def rounds(self) -> Iterator[list[Trial]]:
+        """Propose, race and fit until the evaluations are spent or nothing promises anything; the trials of each
+        round."""
+        calm = 0
+        while self.left and calm < 2:
+            new, self.gain = propose(
+                self.surrogate(),
+                self.sweep,
+                *self._measured(),
+                min(self.together, self.left),
+                self._generator(),
+                self.most_loss,
+            )
+            if not new:
+                return
+            calm = calm + 1 if self.gain < CALM else 0
+            yield self._told(new, "refined", [self._rival(choice) for choice in new])
+
+    def _told(self, choices: Sequence[Choice], source: Source, rivals: Sequence[Floats | None]) -> list[Trial]:
+        expected: list[tuple[float, float] | None] = [None] * len(choices)
+        if any(trial.loss > 0 for trial in self.trials):
+            means, deviations = self.surrogate().predict(np.array(choices))
+            expected = list(zip(means.tolist(), deviations.tolist(), strict=True))
+        outcomes = race(self.measure, choices, rivals, self.batch_sizes)
+        told = [
+            Trial(choice, source, outcome.loss, outcome.samples, before)
+            for choice, outcome, before in zip(choices, outcomes, expected, strict=True)
+        ]
+        self.trials += told
+        self.spent += sum(charged(outcome, self.batch_sizes) for outcome in outcomes)
+        return told
+
+    def _new(self, choices: Sequence[Choice]) -> list[Choice]:
+        known = {trial.choice.tobytes() for trial in self.trials}
+        return list({key: choice for choice in choices if (key := choice.tobytes()) not in known}.values())
+
+    def _rival(self, choice: Choice) -> Floats | None:
+        """The samples of the wholly measured configuration of least loss among those that cost no more."""
+        whole = [trial for trial in self.trials if len(trial.samples) == sum(self.batch_sizes)]
+        total = self.sweep.totals([choice])[0]
+        costs = self.sweep.totals([trial.choice for trial in whole])
+        cheaper = [trial for trial, cost in zip(whole, costs, strict=True) if cost <= total]
+        return min(cheaper, key=lambda trial: trial.loss).samples if cheaper else None
+
+    def _measured(self) -> tuple[NDArray[np.int64], Floats]:
+        choices = np.array([trial.choice for trial in self.trials], dtype=np.int64)
+        return choices.reshape(len(self.trials), -1), np.array([trial.loss for trial in self.trials])
+
+    def _generator(self) -> np.random.Generator:
+        return np.random.default_rng([self.seed, len(self.trials)])
+
+
+def first(count: int) -> tuple[int, int]:
+    """How many of `count` evaluations go into predicted and into drawn configurations before the first fit."""
+    start = max(min(count, TOGETHER), count // 4)
+    drawn = round(DRAWN * start)
+    return start - drawn, drawn

@@ -1,0 +1,162 @@
+"""The loop finds what predictions miss, charges what it measures, tells how sure it was, and stops."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from search.budget import Bound
+from search.cost import cost_tables
+from search.pareto import hypervolume
+from search.proposals import baselines
+from search.refinement import TOGETHER, Refinement, first
+from search.surrogate import Features
+from search.sweep import Choice, Sweep
+from tests.search.spaces import decoder, space
+
+MODEL = decoder(blocks=1)
+SPACE = space(MODEL, "generic", schemes=("w2a16g32", "w3a16g32", "w4a16g32", "w8a16g32"))
+COSTS = cost_tables(SPACE, MODEL)
+UNITS = len(SPACE.units)
+SIZES = [4, 4, 4, 4]
+UNIFORM = list(baselines(SPACE).values())
+
+
+class World:
+    """A proxy, and the losses of samples, which differ from it by scheme, by unit and by what layers do together."""
+
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.proxy = rng.lognormal(-5, 1, (UNITS, 1)) * 4.0 ** -np.arange(4.0) * rng.lognormal(0, 0.2, (UNITS, 4))
+        self.truth = self.proxy * np.exp(rng.normal(0, 0.5, 4) + rng.normal(0, 0.8, (UNITS, 1)))
+        self.samples = rng.lognormal(0, 0.7, sum(SIZES))
+        self.measured = 0.0
+
+    def loss(self, choices: Sequence[Choice]) -> np.ndarray:
+        total = self.truth[np.arange(UNITS), np.array(choices)].sum(axis=1)
+        return total * (1 + total)
+
+    def __call__(self, choices: Sequence[Choice], batches: range) -> list[np.ndarray]:
+        ends = np.append(0, np.cumsum(SIZES))
+        part = self.samples[ends[batches.start] : ends[batches.stop]] / self.samples.mean()
+        self.measured += len(choices) * len(part) / sum(SIZES)
+        return [loss * part for loss in self.loss(choices)]
+
+
+def refinement(world: World, evaluations: int, bits: float = 8.5, **changes: float) -> Refinement:
+    sweep = Sweep.of(COSTS, [Bound("avg_bits", "avg_bits", bits)], "avg_bits", 20, UNIFORM)
+    features = Features.of(SPACE, {"proxy": world.proxy})
+    return Refinement(sweep, features, world, SIZES, evaluations, **changes)  # type: ignore[arg-type]
+
+
+def run(loop: Refinement) -> None:
+    loop.whole(UNIFORM, "uniform")
+    predicted, drawn = first(loop.left)
+    frontier = loop.sweep.frontier(loop.surrogate().table)
+    loop.whole([frontier[round(at)] for at in np.linspace(0, len(frontier) - 1, predicted)], "ilp")
+    loop.whole(loop.drawn(drawn), "refined")
+    for _ in loop.rounds():
+        pass
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_betters_the_best_that_the_predictions_find_within_the_same_evaluations(seed: int) -> None:
+    world = World(seed)
+    loop = refinement(world, 48)
+    run(loop)
+    plain = loop.sweep.frontier(world.proxy)[:44] + UNIFORM
+
+    def covered(choices: Sequence[Choice]) -> float:
+        points = np.column_stack([loop.sweep.totals(choices), np.log(world.loss(choices))])
+        return hypervolume(points, np.array([8.6, float(np.log(world.loss([UNIFORM[0]]))[0]) + 1e-9]))
+
+    assert covered([trial.choice for trial in loop.trials]) > 1.02 * covered(plain)
+
+
+def test_it_spends_what_it_says_and_no_more() -> None:
+    world = World(1)
+    loop = refinement(world, 30)
+    run(loop)
+    assert loop.spent == pytest.approx(world.measured)
+    assert 29 < loop.spent <= 30
+    assert len({trial.choice.tobytes() for trial in loop.trials}) == len(loop.trials)
+
+
+def test_losers_of_a_race_are_charged_in_part_and_estimated() -> None:
+    world = World(3)
+    world.samples = world.samples**0.2
+    loop = refinement(world, 60)
+    run(loop)
+    raced = [trial for trial in loop.trials if len(trial.samples) < sum(SIZES)]
+    assert raced
+    assert len(loop.trials) > loop.spent
+    # Every sample has the same share of the loss in this world: the estimate is exact.
+    for trial in loop.trials:
+        assert trial.loss == pytest.approx(float(world.loss([trial.choice])[0]))
+
+
+def test_every_trial_keeps_the_budget_but_the_uniform_ones() -> None:
+    loop = refinement(World(3), 30, bits=3.9)
+    run(loop)
+    assert all(loop.sweep.admits(trial.choice) for trial in loop.trials if trial.source != "uniform")
+
+
+def test_intervals_hold_what_they_promise() -> None:
+    """Nine in ten of the measurements lie within the 90 % intervals that were told before."""
+    within, count = 0, 0
+    for seed in range(4):
+        loop = refinement(World(10 + seed), 40)
+        run(loop)
+        for trial in loop.trials:
+            if trial.source != "uniform" and trial.expected:
+                mean, deviation = trial.expected
+                within += abs(np.log(trial.loss) - mean) <= 1.645 * deviation
+                count += 1
+    assert 0.8 <= within / count <= 0.99
+
+
+def test_it_stops_when_nothing_promises_to_move_the_frontier() -> None:
+    world = World(4)
+    world.truth = world.proxy
+    loop = refinement(world, 4000)
+    run(loop)
+    assert loop.spent < 400
+    assert loop.gain < 1e-3
+
+
+def test_a_loss_budget_draws_the_measurements_within_it() -> None:
+    world = World(5)
+    most = float(world.loss([UNIFORM[2]])[0])
+    plain, bounded = (refinement(World(5), 48, most_loss=limit) for limit in (np.inf, most))
+    for loop in (plain, bounded):
+        run(loop)
+    shares = [
+        np.mean([trial.loss <= most * 1.05 for trial in loop.trials if trial.source == "refined"])
+        for loop in (plain, bounded)
+    ]
+    assert shares[1] > shares[0]
+
+
+def test_the_same_seed_measures_the_same_configurations() -> None:
+    runs = []
+    for seed in (7, 7, 8):
+        loop = refinement(World(6), 24, seed=seed)
+        run(loop)
+        runs.append([trial.choice.tobytes() for trial in loop.trials])
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_nothing_is_measured_twice_though_proposed_twice() -> None:
+    world = World(7)
+    loop = refinement(world, 30)
+    assert len(loop.whole([*UNIFORM, *UNIFORM], "uniform")) == len(UNIFORM)
+    assert loop.whole(UNIFORM, "ilp") == []
+    assert world.measured == len(UNIFORM)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 8, 60, 1000])
+def test_the_first_measurements_are_never_more_than_there_are(count: int) -> None:
+    predicted, drawn = first(count)
+    assert 0 <= drawn <= predicted
+    assert predicted + drawn <= count
+    assert count < TOGETHER or predicted + drawn >= TOGETHER

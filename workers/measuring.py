@@ -1,0 +1,180 @@
+"""The configurations of a search: measured on the calibration data, accepted on another split, reported on a third."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from math import exp, sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from db.candidates import put_candidates
+from db.events import add_event
+from db.tables import Stage
+from search.acceptance import accepted, finalists
+from search.candidate import Candidate, Source
+from search.measurement import metrics
+from search.proposals import Drafts, axes, judge
+from search.racing import stops
+from search.refinement import Trial
+from search.sweep import Choice, Sweep
+from workers.calibration import Split
+from workers.profiling import Profile
+from workers.run import Run
+from workers.tasks import MEASURE, Item, Result
+
+Floats = NDArray[np.float64]
+
+LEVEL = 0.9
+NORMAL = 1.645
+"""Of the intervals of what is expected, and the standard deviations that they reach to either side."""
+
+
+@dataclass(slots=True)
+class Measuring:
+    """The trials of a search and the candidates that they become, judged and stored as results come."""
+
+    run: Run
+    profile: Profile
+    sweep: Sweep
+    drafts: Drafts
+    candidates: list[Candidate] = field(default_factory=list)
+    trials: dict[int, Trial] = field(default_factory=dict)
+    """By the place of their candidates."""
+    _places: dict[bytes, int] = field(default_factory=dict)
+    _stage: Stage = "baselines"
+    _progress: tuple[float, float] = (0, 0)
+
+    def enter(self, stage: Stage, total: int) -> None:
+        """Begin a stage of so many evaluations."""
+        self._stage, self._progress = stage, (0, total)
+        self.run.enter(stage, total)
+
+    def measure(self, choices: Sequence[Choice], batches: range) -> list[Floats]:
+        """The loss of every sample in a range of the calibration batches, of each choice: `search.racing.Measure`."""
+        sizes = self.profile.batch_sizes
+        parts = [part for part in pairwise(stops(len(sizes))) if batches.start <= part[0] and part[1] <= batches.stop]
+        allocations = [self._allocation(choice) for choice in choices]
+        items: list[Item] = [
+            {"allocation": allocation, "split": "calibration", "batches": list(part)}
+            for allocation in allocations
+            for part in parts
+        ]
+        share = sum(sizes[batches.start : batches.stop]) / sum(sizes)
+        results = self.run.compute(MEASURE, items, self._stage, part=(*self._progress, share / max(len(parts), 1)))
+        self._progress = (self._progress[0] + share * len(choices), self._progress[1])
+        rows = [results[start : start + len(parts)] for start in range(0, len(results), len(parts))]
+        return [np.concatenate([part["loss"] for part in row]) for row in rows]
+
+    def propose(self, labelled: Sequence[tuple[str, Choice]], source: Source) -> None:
+        """Make candidates of choices that are going to be measured."""
+        for label, choice in labelled:
+            self._place(choice, source, label)
+        self._judge()
+
+    def add(self, trials: Sequence[Trial]) -> None:
+        """Make candidates of new trials, unless they were proposed, and store what all are worth by now."""
+        for trial in trials:
+            bits = self.profile.costs["avg_bits"].total(trial.choice)
+            at = self._place(trial.choice, trial.source, f"{trial.source}, {bits:.2f} bits")
+            self.trials[at] = trial
+            told = replace(self.candidates[at], expected=self._expected(trial), metrics=self._searched(trial))
+            self.candidates[at] = told
+        self._judge()
+        for trial in trials:
+            self._tell(self.candidates[self._places[trial.choice.tobytes()]])
+
+    def predict_with(self, drafts: Drafts) -> None:
+        """Predict all candidates anew."""
+        self.drafts = drafts
+        for at, trial in self.trials.items():
+            predicted = self.drafts.candidate(0, trial.source, "", trial.choice).predicted
+            self.candidates[at] = replace(self.candidates[at], predicted=predicted)
+        self._judge()
+
+    def accept(self) -> None:
+        """Measure the best of every level on data that the search has not seen; report, on a third split, what stands
+        there, and the uniform configurations."""
+        tried = sorted(self.trials)
+        trials = [self.trials[at] for at in tried]
+        losses, tiers = np.array([trial.loss for trial in trials]), [trial.tier for trial in trials]
+        chosen = finalists(self.sweep, [trial.choice for trial in trials], losses, tiers)
+        self.enter("accept", 2 * len(chosen))
+        heard = self._samples([tried[index] for index in chosen], "acceptance")
+        costs = [[self.candidates[at].costs[name] for name in axes(self.profile.bounds)] for at in heard]
+        losses = np.array([told["loss"] for told in heard.values()])
+        stands = accepted(losses, np.array(costs), [tiers[index] for index in chosen])
+        reported = [tried[index] for index, stand in zip(chosen, stands, strict=True) if stand or not tiers[index]]
+        self._progress = (len(chosen), len(chosen) + len(reported))
+        told = self._samples(reported, "held_out")
+        for at, trial in self.trials.items():
+            found = self._searched(trial)
+            del found["loss"], found["loss_stderr"]
+            if at in heard:
+                found["acceptance_loss"] = metrics(heard[at])["loss"]
+            if at in told:
+                found = metrics(told[at]) | found
+            self.candidates[at] = replace(self.candidates[at], metrics=found)
+        self._judge()
+        for at in reported:
+            self._tell(self.candidates[at])
+        self.run.summary["acceptance"] = {"finalists": len(chosen), "accepted": int(stands.sum())}
+        self.run.summary["coverage"] = coverage(self.candidates)
+
+    def _place(self, choice: Choice, source: Source, label: str) -> int:
+        """Where the candidate of a choice stands; a new one stands last."""
+        at = self._places.setdefault(choice.tobytes(), len(self.candidates))
+        if at == len(self.candidates):
+            self.candidates.append(self.drafts.candidate(at + 1, source, label, choice))
+        return at
+
+    def _samples(self, indices: Sequence[int], split: Split) -> dict[int, Result]:
+        items: list[Item] = [{"allocation": self.candidates[index].allocation, "split": split} for index in indices]
+        results = self.run.compute(MEASURE, items, self._stage, part=(*self._progress, 1))
+        return dict(zip(indices, results, strict=True))
+
+    def _allocation(self, choice: Choice) -> Mapping[str, str]:
+        return self.drafts.candidate(0, "uniform", "", choice).allocation
+
+    def _searched(self, trial: Trial) -> dict[str, float]:
+        found = metrics({"loss": trial.samples.tolist()}) | {"loss": trial.loss, "calibration_loss": trial.loss}
+        share = len(trial.samples) / sum(self.profile.batch_sizes)
+        return found | ({"calibration_share": share} if share < 1 else {})
+
+    def _expected(self, trial: Trial) -> dict[str, float]:
+        """Of the loss on held-out data: as the fit expects it on the calibration data, and as far off as the two splits
+        may be by their samples alone."""
+        if trial.expected is None:
+            return {}
+        mean, deviation = trial.expected
+        apart = np.median([_relative_error(one.samples) for one in self.trials.values()]) if self.trials else 0.0
+        reach = NORMAL * sqrt(deviation**2 + 2 * float(apart) ** 2)
+        return {"loss": exp(mean), "low": exp(mean - reach), "high": exp(mean + reach)}
+
+    def _judge(self) -> None:
+        limit, over = self.run.request.budgets.loss_increase, axes(self.profile.bounds)
+        self.candidates[:] = judge(self.candidates, self.profile.bounds, limit, over)
+        put_candidates(self.run.engine, self.run.claim, self.candidates)
+
+    def _tell(self, candidate: Candidate) -> None:
+        about: dict[str, Any] = {"number": candidate.number, "label": candidate.label, "source": candidate.source}
+        about |= {"loss": candidate.loss, "costs": candidate.costs}
+        add_event(self.run.engine, self.run.claim.search_id, "measured", about)
+
+
+def coverage(candidates: Sequence[Candidate]) -> dict[str, float | int]:
+    """How many of the reported losses lie within the interval that was expected before anything of them was measured.
+
+    Without the uniform configurations, of which the first are expected by nothing.
+    """
+    told = [one for one in candidates if one.loss is not None and one.expected and one.source != "uniform"]
+    within = sum(one.expected["low"] <= (one.loss or 0.0) <= one.expected["high"] for one in told)
+    return {"level": LEVEL, "within": within, "points": len(told)}
+
+
+def _relative_error(samples: Floats) -> float:
+    told = metrics({"loss": samples.tolist()})
+    return told["loss_stderr"] / told["loss"] if told["loss"] > 0 else 0.0
