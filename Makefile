@@ -6,10 +6,10 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --co
 DEMO_MODEL := all-minilm-l6-v2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check bench-ilp bench-hessian bench-kl bench-minilm bench-pqi bench-smollm2 bench-proxies bench-modelopt clean
+.PHONY: help demo up test check bench-optimizers bench-hessian bench-kl bench-minilm bench-pqi bench-smollm2 bench-proxies bench-modelopt clean
 
 help: ## Say what each target does
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Install, search a real model under a budget, and write demo-output/
 	$(BIN)/bitfrontier models add $(DEMO_MODEL) "$$($(BIN)/python scripts/demo_model.py)"
@@ -27,8 +27,8 @@ check: $(VENV)/.dev ## Lint, format, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench-ilp: $(VENV)/.dev ## Time the integer program (takes 30 seconds)
-	$(BIN)/python -m benchmarks.ilp
+bench-optimizers: $(VENV)/.dev ## Compare the integer program with CBC, HiGHS and CP-SAT (takes 15 minutes)
+	$(BIN)/python -m benchmarks.optimizers
 
 bench-kl: $(VENV)/.dev ## Time measured divergences with and without reuse (fetches 93 MB, takes 5 minutes)
 	$(BIN)/python scripts/fetch_models.py
@@ -59,13 +59,19 @@ bench-modelopt: $(VENV)/.dev .venv-modelopt/.done ## Time a sensitivity table he
 	$(BIN)/python -m benchmarks.modelopt --python .venv-modelopt/bin/python
 
 clean: ## Remove what the targets above made, but no service's data
-	rm -rf $(VENV) .venv-modelopt benchmarks/.cache demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-modelopt .venv-autoround benchmarks/.cache demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-# ModelOpt has an environment of its own: what it needs must not decide what is used here.
+# ModelOpt and AutoRound have environments of their own: what they need must not decide what is used here.
 .venv-modelopt/.done: constraints.txt
 	$(PYTHON) -m venv .venv-modelopt
 	.venv-modelopt/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt \
-		nvidia-modelopt==0.47.0 torch transformers gguf accelerate
+		nvidia-modelopt==0.47.0 torch transformers gguf accelerate efficientnet-lite-pytorch
+	@touch $@
+
+.venv-autoround/.done: constraints.txt
+	$(PYTHON) -m venv .venv-autoround
+	.venv-autoround/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt \
+		auto-round==0.16.1 torch transformers gguf accelerate
 	@touch $@
 
 $(BIN)/python:
