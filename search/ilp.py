@@ -14,7 +14,7 @@ import numpy as np
 
 from search import knapsack, program
 from search.budget import Bound
-from search.cost import Cost, Resource
+from search.cost import Cost, Resource, proportion
 from search.knapsack import GAP, Solution, open_choices
 from search.switches import Floats
 
@@ -112,7 +112,7 @@ def _distinct(costs: Mapping[Resource, Cost], bounds: Iterable[Bound]) -> list[B
     kept: list[Bound] = []
     for bound in bounds:
         for place, first in enumerate(kept):
-            ratio = _ratio(costs[bound.resource], costs[first.resource])
+            ratio = proportion(costs[bound.resource], costs[first.resource])
             if ratio is not None:
                 limit = (bound.limit - costs[bound.resource].constant) * ratio + costs[first.resource].constant
                 kept[place] = replace(first, limit=min(limit, first.limit))
@@ -120,16 +120,3 @@ def _distinct(costs: Mapping[Resource, Cost], bounds: Iterable[Bound]) -> list[B
         else:
             kept.append(bound)
     return kept
-
-
-def _ratio(one: Cost, other: Cost) -> float | None:
-    """What one's costs are multiplied by to give the other's; None where no positive number does."""
-    if one.resource == other.resource:
-        return 1.0
-    open_ = np.isfinite(one.table) & np.isfinite(other.table)
-    a, b = one.table[open_], other.table[open_]
-    largest = np.abs(a).argmax() if a.any() else None
-    if largest is None or b[largest] / a[largest] <= 0:
-        return None
-    ratio = float(b[largest] / a[largest])
-    return ratio if np.allclose(a * ratio, b, rtol=1e-12, atol=0) else None

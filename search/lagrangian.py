@@ -25,6 +25,7 @@ ROUNDING = 1e-6
 """Of all that may be lost: by more than this, no bound is wrong."""
 
 SMALLEST_STEP = 1e-10
+"""Of the first tried: so far a step is shortened until the bound rises."""
 
 DRAWS = 16
 NEAR = 0.002
@@ -102,6 +103,9 @@ def _newton(loss: Floats, extra: Floats, room: Floats, prices: Floats, temperatu
         step = np.zeros(len(prices))
         ridge = max(1e-9 * float(np.trace(square)), 1e-12 / temperature)
         step[free] = np.linalg.solve(square + ridge * np.eye(len(square)), slope[free])
+        # Where the bound is nearly flat, the whole step would lead to prices beyond all sense.
+        longest = prices.max() + highest / HIGHEST
+        step *= min(1.0, longest / max(np.abs(step).max(), 1e-300))
         length = 1.0
         while length > SMALLEST_STEP:
             ahead = (prices + length * step).clip(0, highest)

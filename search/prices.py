@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from search.budget import Bound
-from search.cost import Cost, Resource
+from search.cost import Cost, Resource, proportion
 from search.errors import InfeasibleBudget
 from search.knapsack import open_choices, relax
 from search.lagrangian import price
@@ -42,6 +42,23 @@ def loss_saved(
     _, before = _relaxed(loss, costs, limits)
     _, after = _relaxed(loss, costs, {name: limit + more.get(name, 0.0) for name, limit in limits.items()})
     return max(before - after, 0.0) / abs(before) if before else 0.0
+
+
+def share_prices(
+    loss: Floats, costs: Mapping[Resource, Cost], limits: Mapping[Resource, float], power: float = 1.0
+) -> dict[Resource, float]:
+    """What share of the predicted loss one more unit of each resource alone buys, where the loss is the sum of `loss`
+    (units × schemes) to some power.
+
+    Of proportional resources, as size and average bits are, each is priced as if the others had no limit: more of one
+    is more of all. Raises what `shadow_prices` does.
+    """
+    shares = {}
+    for name in limits:
+        others = [other for other in limits if other == name or proportion(costs[other], costs[name]) is None]
+        prices, least = _relaxed(loss, costs, {other: limits[other] for other in others})
+        shares[name] = power * prices[name] / least if least > 0 else 0.0
+    return shares
 
 
 def _relaxed(

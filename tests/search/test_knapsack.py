@@ -145,6 +145,24 @@ def test_a_frontier_is_proved_optimal_at_every_capacity(seed: int) -> None:
     assert np.median([point.gap for point in near]) <= 1e-3
 
 
+def test_a_wider_gap_is_proved_where_it_is_asked_for() -> None:
+    loss, cost = network(224, (2, 3, 4, 5, 6, 8), seed=0)
+    capacities = np.linspace(2.001, 8.0, 20)
+    best = frontier(loss, cost, capacities)
+    for point, exact in zip(frontier(loss, cost, capacities, gap=1e-2), best, strict=True):
+        assert point.status == "optimal"
+        assert point.gap <= 1.01e-2
+        assert point.bound <= exact.objective * (1 + knapsack.GAP)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_what_is_no_number_is_refused_with_its_place(value: float) -> None:
+    loss = np.array([[1.0, 2.0], [value, 2.0]])
+    for call in (lambda: solve(loss, np.ones((2, 2)), 9.0), lambda: frontier(loss, np.ones((2, 2)), [9.0])):
+        with pytest.raises(ValueError, match=f"the loss of unit 1 at scheme 0 is {value}"):
+            call()
+
+
 def test_a_hundred_thousand_units_are_solved_to_a_ten_thousandth() -> None:
     loss, cost = network(100_000, (2, 3, 4, 8), seed=0)
     assert solve(loss, cost, 4.25).gap <= 1e-4

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from search.cost import Cost
 from search.errors import InfeasibleBudget
-from search.prices import loss_saved, shadow_prices
+from search.knapsack import relax
+from search.prices import loss_saved, shadow_prices, share_prices
 
 Table = NDArray[np.float64]
 Limits = dict[str, float]
@@ -84,6 +85,19 @@ def test_the_price_of_one_budget_is_the_slope_of_the_next_step() -> None:
     ]  # fmt: skip
     assert loss_saved(loss, costs, {"size_bytes": 4}, {"size_bytes": 4}) == pytest.approx(0.8)
     assert loss_saved(loss, costs, {"size_bytes": 12}, {"size_bytes": 4}) == 0.0
+
+
+def test_shares_are_of_the_loss_and_those_of_proportional_resources_agree() -> None:
+    """The loss is the sum to a power: a sum that falls by 1 % lets its 1.5th power fall by 1.5 %."""
+    rng = np.random.default_rng(0)
+    table = rng.uniform(1, 9, (20, 4))
+    size, bits = Cost("size_bytes", 8 * table, 5.0), Cost("avg_bits", table, 0.0)
+    loss = 1 / table
+    alone = shadow_prices(loss, {"avg_bits": bits}, {"avg_bits": 60.0})["avg_bits"]
+    least = relax(loss, table).bound(60.0)
+    limits = {"avg_bits": 60.0, "size_bytes": 8 * 60.0 + 5.0}
+    shares = share_prices(loss, {"avg_bits": bits, "size_bytes": size}, limits, 1.5)
+    assert shares == pytest.approx({"avg_bits": 1.5 * alone / least, "size_bytes": 1.5 * alone / least / 8})
 
 
 def test_a_budget_that_does_not_bind_has_no_price() -> None:
