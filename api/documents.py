@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -116,7 +117,8 @@ class Point(_Document):
     """What all measurements before its own let expect of the held-out loss: `loss`, and the ends `low` and `high` of
     its 90 % interval."""
     shadow_prices: dict[str, float]
-    """What share of its predicted loss one more unit of each bounded resource would save."""
+    """What share of its predicted loss one more unit of each bounded resource would save, at its own costs; of the
+    points of the frontier, once the search has ended."""
     allocation: dict[str, str]
     """Layer → scheme."""
     page: str
@@ -141,6 +143,19 @@ class Point(_Document):
         )
 
 
+class Reference(_Document):
+    """What no allocation can do better, at totals of `axis` of at most each of `levels`."""
+
+    axis: str
+    levels: list[float]
+    """In the units of `costs`."""
+    lower_bound: list[float]
+    """Below it no allocation within the budgets is predicted, by the predictions as the measurements corrected them."""
+    rate_distortion: list[float] | None
+    """What an ideal quantizer with its bits spread ideally would lose, whatever the other budgets; null where
+    activations are rounded, or the axis does not count stored bits."""
+
+
 class FrontierDocument(_Document):
     """The measured frontier, with further groups on demand."""
 
@@ -153,8 +168,20 @@ class FrontierDocument(_Document):
     """Budgets on some of the layers: pattern → budgets by name."""
     full_precision: dict[str, float]
     """What the unquantized model measures."""
+    objective: str
+    """What `best` has least of: `loss`, or the name of a budget."""
     best: int | None
-    """Number of the point of least loss that fits every budget."""
+    """Number of the point that fits every budget and has least of the objective."""
+    best_under: int | None = None
+    """Number of the measured point of least loss that keeps the budgets in `under`."""
+    knee: int | None
+    """Number of the point at which the frontier bends most, over the main axis and the logarithm of the loss: before it
+    a bit more cost saves much, after it little. Null where the frontier does not bend."""
+    hypervolume: float | None
+    """The mean of ln(loss of the worst uniform configuration ÷ loss of the frontier) over the main axis, from the least
+    cost that is possible to the budget."""
+    reference: Reference | None
+    """Null before the search ends."""
     points: list[Point]
     baselines: list[Point] | None = None
     """Uniform configurations; those on the frontier are among `points` too."""
@@ -164,9 +191,9 @@ class FrontierDocument(_Document):
     """Configurations without a loss on the held-out split."""
 
     @classmethod
-    def of(cls, frontier: Frontier, include: set[str]) -> FrontierDocument:
-        """The document of a frontier with the named groups."""
-        best, search = frontier.best, frontier.search
+    def of(cls, frontier: Frontier, include: set[str], under: Mapping[str, float] | None = None) -> FrontierDocument:
+        """The document of a frontier with the named groups, and the best point under other budgets."""
+        search = frontier.search
         groups = {name: [Point.of(search.id, point) for point in getattr(frontier, name)] for name in include}
         return cls(
             search=search.id,
@@ -175,7 +202,16 @@ class FrontierDocument(_Document):
             budgets=frontier.budgets,
             limits=frontier.limits,
             full_precision=frontier.full_precision,
-            best=best.number if best else None,
+            objective=frontier.objective,
+            best=_number(frontier.best),
+            **({"best_under": _number(frontier.best_under(under))} if under else {}),
+            knee=_number(frontier.knee),
+            hypervolume=frontier.hypervolume,
+            reference=Reference.model_validate(frontier.reference) if frontier.reference else None,
             points=[Point.of(search.id, point) for point in frontier.points],
             **groups,
         )
+
+
+def _number(candidate: Candidate | None) -> int | None:
+    return candidate.number if candidate else None

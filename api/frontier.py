@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from db.searches import Search
+from search import pareto
 from search.budget import BUDGETS, TOLERANCE, cost_bounds
 from search.candidate import Candidate
-from search.pareto import undominated
 
 Included = Literal["baselines", "dominated", "predicted"]
 
@@ -53,6 +55,16 @@ class Frontier:
         }
 
     @property
+    def objective(self) -> str:
+        """What the best point has least of: `loss`, or the name of a budget."""
+        return str(self.search.request["optimizer"].get("objective", "loss"))
+
+    @property
+    def settled(self) -> bool:
+        """Whether losses are those on the held-out split; while a search runs they are of the calibration data."""
+        return self.search.state == "succeeded"
+
+    @property
     def ends(self) -> dict[str, float]:
         """Resource → its tightest budget, in the units of the costs."""
         ends: dict[str, float] = {}
@@ -91,10 +103,63 @@ class Frontier:
         return [candidate for candidate in self.candidates if candidate.loss is None]
 
     @property
+    def searched(self) -> list[Candidate]:
+        """Candidates that were measured on the calibration data and went no further."""
+        return [point for point in self.predicted if "calibration_loss" in point.metrics]
+
+    @property
     def best(self) -> Candidate | None:
-        """The point of least loss that fits every budget; of equal ones the cheapest."""
+        """The point that fits every budget and has least of the objective: of the loss, and of equal ones the cheapest;
+        or of a cost, and of equal ones that of the least loss."""
         fitting = [point for point in self.measured if point.fits]
-        return min(fitting, key=lambda p: (p.metrics["loss"], self._main_cost(p)), default=None)
+        return min(fitting, key=self._worth, default=None)
+
+    def best_under(self, budgets: Mapping[str, float]) -> Candidate | None:
+        """The point of least loss that keeps these budgets (by name, in their units) in place of the search's own."""
+        bounds = cost_bounds(budgets)
+        costs = np.array([[point.costs[bound.resource] for bound in bounds] for point in self.measured])
+        losses = np.array([point.metrics["loss"] for point in self.measured])
+        losses[losses > budgets.get("loss_increase", np.inf)] = np.nan
+        limits = np.array([bound.limit * (1 + TOLERANCE) for bound in bounds])
+        found = pareto.best_under(losses, costs.reshape(len(losses), len(bounds)), limits)
+        return None if found is None else self.measured[found]
+
+    @property
+    def floor(self) -> float:
+        """What a loss of zero counts as where logarithms are taken: a decade below the least positive one."""
+        return min((p.metrics["loss"] for p in self.measured if p.metrics["loss"] > 0), default=1.0) / 10
+
+    @property
+    def knee(self) -> Candidate | None:
+        """Of the points in (main axis, log loss), as the chart draws them, the one farthest below the line between the
+        ends; None where fewer than three or none is."""
+        line = self.line(self.axes[0])
+        found = pareto.knee(self._drawn(line))
+        return None if found is None else line[found]
+
+    @property
+    def hypervolume(self) -> float | None:
+        """How far below the worst uniform configuration the frontier lies: the mean of ln(its loss ÷ the frontier's)
+        over the main axis, from the least cost of the space to the budget, and to the largest cost without one.
+
+        It is the area that the frontier dominates in (main axis, ln loss), divided by its width. None without a
+        baseline or a frontier.
+        """
+        axis, feasible = self.axes[0], (self.search.summary or {}).get("feasible", {})
+        if not self.baselines or not self.points or axis not in feasible:
+            return None
+        least, most = feasible[axis]["min"], min(feasible[axis]["max"], self.ends.get(axis, np.inf))
+        worst = max(max(point.metrics["loss"] for point in self.baselines), self.floor)
+        if most <= least:
+            return None
+        area = pareto.hypervolume(self._drawn(self.line(axis)), np.array([most, np.log(worst)]))
+        return float(area / (most - least))
+
+    @property
+    def reference(self) -> dict[str, Any] | None:
+        """What no allocation can do better, as `search.reference.Reference` has it; None before the search ends."""
+        found: dict[str, Any] | None = (self.search.summary or {}).get("reference")
+        return found
 
     def included(self, groups: set[Included]) -> list[Candidate]:
         """The frontier with further groups, each candidate once, in order of their numbers."""
@@ -108,7 +173,7 @@ class Frontier:
         fitting = [point for point in self.measured if point.fits]
         if not fitting:
             return []
-        keep = undominated(np.array([[point.costs[resource], point.metrics["loss"]] for point in fitting]))
+        keep = pareto.undominated(np.array([[point.costs[resource], point.metrics["loss"]] for point in fitting]))
         line = [point for point, kept in zip(fitting, keep, strict=True) if kept]
         return sorted(line, key=lambda point: point.costs[resource])
 
@@ -146,6 +211,17 @@ class Frontier:
         index = pd.Index([point.number for point in chosen], name="number", dtype="int64")
         columns = ["source", "label", "on_frontier", "fits"]
         return pd.DataFrame(rows, index=index) if rows else pd.DataFrame(columns=columns, index=index)
+
+    def _drawn(self, points: list[Candidate]) -> NDArray[np.float64]:
+        """Points × (cost on the main axis, log loss)."""
+        losses = [max(point.metrics["loss"], self.floor) for point in points]
+        return np.column_stack([[self._main_cost(point) for point in points], np.log(losses)])
+
+    def _worth(self, point: Candidate) -> tuple[float, float]:
+        loss = point.metrics["loss"]
+        if self.objective == "loss":
+            return loss, self._main_cost(point)
+        return point.costs[BUDGETS[self.objective].resource], loss
 
     def _main_cost(self, point: Candidate) -> float:
         return point.costs[self.axes[0]]

@@ -23,8 +23,10 @@ class ResourceText:
         return f"{self.number(stored)} {self.unit}"
 
     def number(self, stored: float) -> str:
-        """A stored amount in the shown unit, without it."""
-        return f"{stored / self.scale:,.{self.digits}f}"
+        """A stored amount in the shown unit, without it; two decimals more where one digit would be left of it."""
+        shown = stored / self.scale
+        digits = self.digits if shown >= 10.0 ** (1 - self.digits) else self.digits + 2
+        return f"{shown:,.{digits}f}"
 
 
 RESOURCES = {
@@ -34,6 +36,14 @@ RESOURCES = {
         "Bit operations per token or image, 10⁹", "Bit operations", "bit operations", "Gbitops", 1e9, 2
     ),
 }
+
+OBJECTIVES = {
+    "loss": "is the best that fits",
+    "size_mb": "is the smallest that fits",
+    "avg_bits": "has the fewest bits of those that fit",
+    "gbitops": "has the fewest bit operations of those that fit",
+}
+"""What is said of the best point, by what it has least of."""
 
 
 def budget_text(name: str, value: float) -> str:

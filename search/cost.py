@@ -64,6 +64,19 @@ def stored_bits(space: Space) -> NDArray[np.float64]:
     return _table(space, lambda layer, scheme: scheme.storage_bits(layer.rows, layer.columns))
 
 
+def proportion(one: Cost, other: Cost) -> float | None:
+    """What one's costs are multiplied by to give the other's, constants apart; None where no positive number does."""
+    if one.resource == other.resource:
+        return 1.0
+    open_ = np.isfinite(one.table) & np.isfinite(other.table)
+    a, b = one.table[open_], other.table[open_]
+    largest = np.abs(a).argmax() if a.any() else None
+    if largest is None or b[largest] / a[largest] <= 0:
+        return None
+    ratio = float(b[largest] / a[largest])
+    return ratio if np.allclose(a * ratio, b, rtol=1e-12, atol=0) else None
+
+
 def _table(space: Space, of_layer: Callable[[Layer, Scheme], int]) -> NDArray[np.float64]:
     return np.array(
         [

@@ -94,6 +94,12 @@ class Evolution:
             choices.append(self._enter(self._study.get_trials(deepcopy=False)[-1]))
         return choices
 
+    @property
+    def told(self) -> list[Choice]:
+        """What was asked and told, in the order in which it was asked."""
+        trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
+        return [self._choice(trial.params) for trial in trials]
+
     def tell(self, choice: Choice, loss: float) -> None:
         """The measured loss of a choice that was asked; one that is not finite says that measuring failed.
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 LayerKind = Literal["linear", "conv", "embedding", "experts"]
 Task = Literal["causal-lm", "embedding", "image-classification", "sequence-classification"]
+
+_PART = re.compile(r"(?P<whole>.+)\[(?P<start>[0-9]+):(?P<stop>[0-9]+)\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,25 @@ class Layer:
         """Number of weights."""
         return self.rows * self.columns
 
+    def part(self, channels: range) -> Layer:
+        """Some output channels of a linear layer, as a layer of its own: `model.head[0:128]`.
+
+        Raises ValueError for other kinds of layers and for channels that the layer does not have.
+        """
+        start, stop = channels.start, channels.stop
+        if self.kind != "linear" or not 0 <= start < stop <= self.rows:
+            raise ValueError(f"{self.kind} layer {self.name} of {self.rows} channels has no part [{start}:{stop}]")
+        macs = self.macs * stop // self.rows - self.macs * start // self.rows
+        return replace(self, name=f"{self.name}[{start}:{stop}]", rows=len(channels), macs=macs)
+
+    def named(self, name: str) -> Layer:
+        """The layer itself, or the part of it that `name` stands for.
+
+        Raises what `part` raises.
+        """
+        channels = whole_and_channels(name)[1]
+        return self if channels is None else self.part(channels)
+
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
@@ -52,3 +75,17 @@ class Inventory:
         """The inverse of `to_json`."""
         layers = tuple(Layer(**(layer | {"aliases": tuple(layer["aliases"])})) for layer in document["layers"])
         return cls(**(document | {"layers": layers}))
+
+
+def whole_and_channels(name: str) -> tuple[str, range | None]:
+    """The whole layer that a name stands for, and which of its output channels; None for all of them."""
+    part = _PART.fullmatch(name)
+    return (part["whole"], range(int(part["start"]), int(part["stop"]))) if part else (name, None)
+
+
+def by_whole(names: Iterable[str]) -> dict[str, list[str]]:
+    """Whole layer → those of the names that stand for it or for parts of it."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(whole_and_channels(name)[0], []).append(name)
+    return found

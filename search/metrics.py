@@ -12,7 +12,7 @@ from search.scheme import FULL_PRECISION
 if TYPE_CHECKING:
     from search.space import Space
 
-Need = Literal["weights", "data", "gradients", "forward derivatives", "double backward", "labels"]
+Need = Literal["weights", "data", "gradients", "forward derivatives", "double backward", "labels", "whole layers"]
 
 Evidence = Literal["measured", "integrated", "second order", "first order", "relevance", "weights", "control"]
 
@@ -23,7 +23,8 @@ class Metric:
 
     `in_loss_units`: whether the values are predicted losses, or only rank units and schemes. `sees_activations`:
     whether rounded activations count. `forward_passes(space)` is the cost in forward passes over the calibration split,
-    a backward pass counting as two; `version` is raised when its tables change.
+    a backward pass counting as two; `version` is raised when its tables change. A metric that needs "whole layers" says
+    nothing of single output channels.
     """
 
     name: str
@@ -140,7 +141,7 @@ METRICS: dict[str, Metric] = {
             "lrp",
             "Layer-wise relevance propagation: relevance of a layer × its relative quantization error",
             "relevance",
-            ("data", "gradients"),
+            ("data", "gradients", "whole layers"),
             lambda space: BACKWARD * (3 if _convolutions(space) > 1 else 1),
             in_loss_units=False,
             version=2,
@@ -149,7 +150,7 @@ METRICS: dict[str, Metric] = {
             "gradient",
             "ModelOpt's score: Σ (gradient × change of the layer's output)²",
             "first order",
-            ("data", "gradients"),
+            ("data", "gradients", "whole layers"),
             lambda space: BACKWARD + _schemes(space),
             in_loss_units=False,
             version=2,

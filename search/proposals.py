@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search import allocation
-from search.budget import Bound
+from search.budget import BUDGETS, Bound
 from search.candidate import Candidate, Source
 from search.cost import Cost, Resource
 from search.pareto import undominated
@@ -19,9 +19,12 @@ from search.surrogate import Surrogate
 Choice = NDArray[np.int64]
 
 
-def axes(bounds: Sequence[Bound]) -> list[Resource]:
-    """The resources a frontier is drawn over: those with a budget on the whole model, else `size_bytes`."""
-    return list(dict.fromkeys(bound.resource for bound in bounds if bound.of is None)) or ["size_bytes"]
+def axes(bounds: Sequence[Bound], objective: str = "loss") -> list[Resource]:
+    """The resources a frontier is drawn over: that of the `objective` (`loss`, or the name of a budget), and those with
+    a budget on the whole model; else `size_bytes`."""
+    sought = [] if objective == "loss" else [BUDGETS[objective].resource]
+    bounded = [bound.resource for bound in bounds if bound.of is None]
+    return list(dict.fromkeys(sought + bounded)) or ["size_bytes"]
 
 
 @dataclass(frozen=True, slots=True)

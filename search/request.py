@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
 from search.budget import BUDGETS
+from search.errors import InvalidRequest
 from search.inventory import LayerKind
-from search.metrics import MetricName
+from search.metrics import METRICS, MetricName
 from search.scheme import Scheme
 from search.targets import TARGETS
 
@@ -42,7 +43,7 @@ class Calibration(_Strict):
 
 
 class SpaceRequest(_Strict):
-    """Which schemes each layer may take."""
+    """Which schemes may be taken, and what takes one: each layer, unless `granularity` says otherwise."""
 
     schemes: tuple[str, ...] = Field(("w4a16g64", "w5a16g64", "w6a16g64", "w8a16g64"), min_length=1, max_length=32)
     """Schemes open to every layer, for example `w4a16g64`."""
@@ -51,7 +52,12 @@ class SpaceRequest(_Strict):
     ignore: tuple[Pattern, ...] = ("lm_head",)
     """Layers to leave at full precision, by name or glob (`*.classifier`)."""
     pin: dict[Pattern, str] = Field(default_factory=dict)
-    """Layers whose scheme is settled, by name or glob: `{"*.down_proj": "w8a16g64"}`."""
+    """Layers whose scheme is settled, by name or glob: `{"*.down_proj": "w8a16g64"}`. It settles the whole unit."""
+    granularity: Literal["layer", "block", "channels"] = "layer"
+    """What takes a scheme of its own: a `layer` (with those that the target fuses with it); a whole `block`, such as
+    `model.layers.3`; or some output `channels` of each linear layer, with weight-only schemes."""
+    channels: int | None = Field(None, ge=1)
+    """With granularity `channels`: how many consecutive output channels share a scheme. The last may be fewer."""
 
     @field_validator("schemes")
     @classmethod
@@ -63,6 +69,30 @@ class SpaceRequest(_Strict):
     @classmethod
     def _known_pins(cls, pin: dict[str, str]) -> dict[str, str]:
         return {pattern: str(Scheme.parse(text, "space.pin")) for pattern, text in pin.items()}
+
+    @model_validator(mode="after")
+    def _channels_of_layers(self) -> Self:
+        if (self.channels is None) == (self.granularity == "channels"):
+            raise InvalidRequest(
+                "space.channels is how many output channels share a scheme with granularity 'channels', and only then",
+                field="space.channels",
+                value=self.channels,
+                accepted="a number such as 128" if self.channels is None else "nothing, or granularity 'channels'",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _inputs_of_layers(self) -> Self:
+        asked = [("space.schemes", text) for text in self.schemes] + [("space.pin", text) for text in self.pin.values()]
+        for field, text in asked:
+            if self.granularity == "channels" and Scheme.parse(text).quantizes_activations:
+                raise InvalidRequest(
+                    f"{text} quantizes activations, which all output channels of a layer share",
+                    field=field,
+                    value=text,
+                    accepted="a16 schemes, or granularity 'layer' or 'block'",
+                )
+        return self
 
 
 class _Bounds(_Strict):
@@ -126,6 +156,9 @@ class Optimizer(_Strict):
     """`ilp`: integer programs on the predicted loss, one per metric and budget level. `refine`: then the measurements
     correct the predictions, and what promises most is measured next, as long as evaluations remain. `evolution`: then
     NSGA-II breeds from what is measured. `auto` is `refine`."""
+    objective: Literal["loss", "size_mb", "avg_bits", "gbitops"] = "loss"
+    """What the best point has least of, among those that keep every budget. With a cost, `budgets.loss_increase` says
+    how much loss is allowed: the smallest model that loses no more."""
     points: int = Field(20, ge=1, le=200)
     """Budget levels that are swept."""
     evaluations: int = Field(64, ge=1, le=10_000)
@@ -164,6 +197,18 @@ class SearchRequest(_Strict):
     """Metrics that predict the loss; each fills its own table and proposes its own configurations."""
     optimizer: Optimizer = Field(default_factory=Optimizer)
 
+    @model_validator(mode="after")
+    def _loss_bounded_where_a_cost_is_sought(self) -> Self:
+        objective = self.optimizer.objective
+        if objective != "loss" and self.budgets.loss_increase is None:
+            raise InvalidRequest(
+                f"the least {objective} without a limit on the loss is what the cheapest schemes have",
+                field="optimizer.objective",
+                value=objective,
+                accepted=f"'loss', or {objective} together with budgets.loss_increase",
+            )
+        return self
+
     @field_validator("target")
     @classmethod
     def _known_target(cls, target: str) -> str:
@@ -175,3 +220,18 @@ class SearchRequest(_Strict):
     @classmethod
     def _each_once(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(metrics))
+
+    @field_validator("sensitivity")
+    @classmethod
+    def _see_channels(cls, metrics: tuple[str, ...], about: ValidationInfo) -> tuple[str, ...]:
+        space = about.data.get("space")
+        if space is not None and space.granularity == "channels":
+            for name in metrics:
+                if "whole layers" in METRICS[name].needs:
+                    raise InvalidRequest(
+                        f"{name} looks at what whole layers give, and says nothing of some of their channels",
+                        field="sensitivity",
+                        value=name,
+                        accepted=[other for other, metric in METRICS.items() if "whole layers" not in metric.needs],
+                    )
+        return metrics

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.errors import InvalidRequest, UnsupportedModel
-from search.inventory import Inventory, Layer
+from search.inventory import Inventory, Layer, whole_and_channels
 from search.request import SpaceRequest
 from search.scheme import FULL_PRECISION, Scheme
 from search.targets import Target
@@ -17,7 +17,7 @@ from search.targets import Target
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Layers that must share a scheme, in network order."""
+    """Layers, or a part of one, that must share a scheme; in network order."""
 
     name: str
     layers: tuple[Layer, ...]
@@ -48,7 +48,7 @@ class Space:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """All searched layers."""
+        """All searched layers, or parts of them."""
         return tuple(layer for unit in self.units for layer in unit.layers)
 
     def uniform(self, scheme: Scheme) -> NDArray[np.int64] | None:
@@ -61,17 +61,20 @@ class Space:
 
 
 def build_space(inventory: Inventory, request: SpaceRequest, target: Target) -> Space:
-    """Tie layers into units as `target` fuses them, apply ignores and pins.
+    """Tie layers into units as the request's granularity and `target` have it, apply ignores and pins.
 
-    Raises InvalidRequest for a scheme the target refuses, a pin that matches no layer or contradicts another, or a
-    group size that does not divide; UnsupportedModel when nothing is left to search.
+    Raises InvalidRequest for a scheme or granularity the target refuses, a pin that matches no layer or contradicts
+    another, or a group size that does not divide; UnsupportedModel when nothing is left to search.
     """
+    _check_splits(request, target)
     schemes = [_accepted(Scheme.parse(text), target, "space.schemes") for text in request.schemes]
     pins = {pattern: _accepted(Scheme.parse(text), target, "space.pin") for pattern, text in request.pin.items()}
     columns = tuple(sorted({*schemes, *pins.values()}))
 
-    searched = [layer for layer in inventory.layers if not _ignored(layer, request, target)]
-    ignored = tuple(layer for layer in inventory.layers if layer not in searched)
+    searched: list[Layer] = []
+    ignored: list[Layer] = []
+    for layer in inventory.layers:
+        (ignored if _ignored(layer, request, target) else searched).append(layer)
     for pattern in pins:
         if not any(matches(layer, pattern) for layer in searched):
             raise InvalidRequest(
@@ -81,7 +84,9 @@ def build_space(inventory: Inventory, request: SpaceRequest, target: Target) -> 
                 accepted=f"a glob over {_some([layer.name for layer in searched])}",
             )
     _check_whole(searched, ignored, target)
-    units = tie(searched, target)
+    units = tie(searched, target, blocks=request.granularity == "block")
+    if request.channels is not None:
+        units = [part for unit in units for part in _cut(unit, request.channels)]
     if not units:
         raise UnsupportedModel(
             f"no layer of this {inventory.architecture} is left to search for target '{target.name}'",
@@ -98,15 +103,32 @@ def build_space(inventory: Inventory, request: SpaceRequest, target: Target) -> 
         for scheme in settled or schemes:
             _check_takes(unit, scheme)
             allowed[row, columns.index(scheme)] = True
-    return Space(tuple(units), columns, allowed, pinned, ignored)
+    return Space(tuple(units), columns, allowed, pinned, tuple(ignored))
 
 
-def tie(layers: list[Layer], target: Target) -> list[Unit]:
-    """Group layers into units: fused siblings of one parent, and the experts of one layer, together."""
+def tie(layers: list[Layer], target: Target, *, blocks: bool = False) -> list[Unit]:
+    """Group layers into units: fused siblings of one parent, and the experts of one layer, together; with `blocks`, all
+    layers of a block."""
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
-        groups.setdefault(_unit_name(layer.name, target), []).append(layer)
-    return [Unit(members[0].name if len(members) == 1 else name, tuple(members)) for name, members in groups.items()]
+        block = layer.block if blocks else None
+        groups.setdefault(block or _unit_name(layer.name, target), []).append(layer)
+    return [_unit(name, members) for name, members in groups.items()]
+
+
+def _unit(name: str, members: list[Layer]) -> Unit:
+    alone = len(members) == 1 and name != members[0].block
+    return Unit(members[0].name if alone else name, tuple(members))
+
+
+def _cut(unit: Unit, channels: int) -> list[Unit]:
+    """The groups of output channels of a linear layer that is tied to no other; every other unit stays whole."""
+    layer, *others = unit.layers
+    if others or layer.kind != "linear" or layer.rows <= channels:
+        return [unit]
+    starts = range(0, layer.rows, channels)
+    parts = [layer.part(range(start, min(start + channels, layer.rows))) for start in starts]
+    return [Unit(part.name, (part,)) for part in parts]
 
 
 def _unit_name(name: str, target: Target) -> str:
@@ -119,7 +141,17 @@ def _unit_name(name: str, target: Target) -> str:
     return name
 
 
-def _check_whole(searched: list[Layer], ignored: tuple[Layer, ...], target: Target) -> None:
+def _check_splits(request: SpaceRequest, target: Target) -> None:
+    if request.granularity == "channels" and not target.splits_layers:
+        raise InvalidRequest(
+            f"target '{target.name}' loads one scheme for all output channels of a layer",
+            field="space.granularity",
+            value=request.granularity,
+            accepted="'layer' or 'block', or target 'generic'",
+        )
+
+
+def _check_whole(searched: list[Layer], ignored: list[Layer], target: Target) -> None:
     """A runtime that merges layers cannot quantize some of them."""
     units = {_unit_name(layer.name, target) for layer in searched}
     for layer in ignored:
@@ -137,8 +169,9 @@ def _ignored(layer: Layer, request: SpaceRequest, target: Target) -> bool:
 
 
 def matches(layer: Layer, pattern: str) -> bool:
-    """Whether a name or glob names the layer, by its own name or by one of another module that shares its weight."""
-    return any(fnmatchcase(name, pattern) for name in (layer.name, *layer.aliases))
+    """Whether a name or glob names the layer, by its own name or by one of another module that shares its weight; a
+    part, by the name of its layer."""
+    return any(fnmatchcase(name, pattern) for name in (whole_and_channels(layer.name)[0], *layer.aliases))
 
 
 def _accepted(scheme: Scheme, target: Target, field: str) -> Scheme:

@@ -142,7 +142,8 @@ class Surrogate:
             densities = []
             for fold in range(min(FOLDS, len(observed))):
                 left, out = folds != fold, folds == fold
-                means, deviations = cls._fit(features, choices[left], observed[left], scale, noise).predict(choices[out])
+                fitted = cls._fit(features, choices[left], observed[left], scale, noise)
+                means, deviations = fitted.predict(choices[out])
                 z = (observed[out] - means) / deviations
                 densities.append(-0.5 * z**2 - np.log(deviations))
             return float(np.concatenate(densities).mean())

@@ -15,7 +15,8 @@ class Target:
     """What a runtime fuses, skips and accepts.
 
     `fused` lists sets of sibling names under one parent that the runtime merges into one matrix; `ties_experts` says
-    whether all experts of a layer must agree. `refuses(layer)` and `refuses_scheme(scheme)` give the reason, or None.
+    whether all experts of a layer must agree, `splits_layers` whether output channels of one layer may differ.
+    `refuses(layer)` and `refuses_scheme(scheme)` give the reason, or None.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Target:
     ties_experts: bool
     refuses: Callable[[Layer], str | None]
     refuses_scheme: Callable[[Scheme], str | None]
+    splits_layers: bool = False
 
 
 # The names under which model families keep what runtimes merge: Llama-like, BERT-like and DistilBERT's attention,
@@ -84,6 +86,7 @@ TARGETS = {
             ties_experts=False,
             refuses=lambda layer: None,
             refuses_scheme=lambda scheme: None,
+            splits_layers=True,
         ),
         Target(
             "vllm",

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from search.errors import UnsupportedModel
-from search.inventory import Inventory
+from search.inventory import Inventory, by_whole, whole_and_channels
 from search.measurement import Samples, metrics
 from search.request import Calibration
 from search.scheme import FULL_PRECISION, Scheme
 from workers.calibration import Batch, Data, Split, load_data, one_item
-from workers.layers import CONVOLUTIONS, WeightedLayer, enumerate_layers
+from workers.layers import CONVOLUTIONS, Layers, WeightedLayer, enumerate_layers
 from workers.loss import divergence, next_token_loss
 from workers.models import Dtype, LoadedModel, load_model
 from workers.prefix import BlockChain, find_chain
@@ -59,7 +59,7 @@ class Evaluator:
         self.layers = _layers(loaded, self.chain)
         self._originals = {name: layer.parameter.data for name, layer in self.layers.items()}
         self._grids: dict[tuple[str, Scheme], Grid] = {}
-        self._applied: dict[str, Scheme] = {}
+        self._applied: dict[str, dict[str, Scheme]] = {}
         self._references: dict[tuple[str, int], Any] = {}
         self.reached: dict[tuple[str, int], tuple[int, Any]] = {}
         """(split, batch) → a number of blocks and the output of the last of them at full precision: where a walk of
@@ -91,12 +91,17 @@ class Evaluator:
         return list(filter(rounds_input, self.modules(name)))
 
     def apply(self, allocation: Mapping[str, Scheme]) -> None:
-        """Give each named layer its scheme and every other layer full precision."""
-        for name in self._applied.keys() | allocation.keys():
-            scheme = allocation.get(name, FULL_PRECISION)
-            if self._applied.get(name, FULL_PRECISION) != scheme:
-                self.layers[name].parameter.data = self.weight(name, scheme)
-                self._applied[name] = scheme
+        """Give each named layer, or part of one, its scheme and everything else full precision.
+
+        Raises ValueError for a part whose scheme quantizes activations: its layer has one input.
+        """
+        rounded = {name: scheme for name, scheme in allocation.items() if scheme != FULL_PRECISION}
+        asked = {whole: {name: rounded[name] for name in names} for whole, names in by_whole(rounded).items()}
+        for whole in self._applied.keys() | asked.keys():
+            schemes = asked.get(whole, {})
+            if self._applied.get(whole, {}) != schemes:
+                self.layers[whole].parameter.data = self.assembled(whole, schemes)
+                self._applied[whole] = schemes
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -172,32 +177,50 @@ class Evaluator:
         return {name: torch.cat(values).double().tolist() for name, values in found.items()}
 
     def grid(self, name: str, scheme: Scheme) -> Grid:
-        """The grid that the quantizer chooses for a layer's weight."""
+        """The grid that the quantizer chooses for the weight of a layer, or of a part of one."""
         key = (name, replace(scheme, activation_bits=16))
         if key not in self._grids:
-            matrix = self.layers[name].matrix(self._originals[name])
+            matrix = self.layers[name].matrix(self._original(name))
             self._grids[key] = choose_grid(matrix, scheme, self.quantizer)
         return self._grids[key]
 
     def rounding(self, name: str, scheme: Scheme) -> Tensor:
-        """Q(W) − W of a layer, shaped as its parameter; float32."""
-        return self.weight(name, scheme).float() - self._originals[name].float()
+        """Q(W) − W of a layer or part, shaped as its weight; float32."""
+        return self.weight(name, scheme).float() - self._original(name).float()
 
     def rounding_error(self, name: str, scheme: Scheme) -> float:
-        """‖Q(W) − W‖² of a layer, summed over its weights."""
+        """‖Q(W) − W‖² of a layer or part, summed over its weights."""
         return float(self.rounding(name, scheme).double().square().sum())
 
     def weight(self, name: str, scheme: Scheme) -> Tensor:
-        """Q(W) of a layer, shaped as its parameter; W itself where the scheme keeps it."""
-        original = self._originals[name]
+        """Q(W) of a layer or part, shaped as its weight; W itself where the scheme keeps it."""
+        original = self._original(name)
         if not scheme.quantizes_weights:
             return original
         layer = self.layers[name]
         return layer.unmatrix(round_to_grid(layer.matrix(original), self.grid(name, scheme), scheme))
 
+    def assembled(self, whole: str, schemes: Mapping[str, Scheme]) -> Tensor:
+        """The weight of a layer at its scheme among `schemes`, and in it each part that these name at its own.
+
+        Raises ValueError for a part whose scheme quantizes activations.
+        """
+        weight = self.weight(whole, schemes.get(whole, FULL_PRECISION))
+        parts = {name: scheme for name, scheme in schemes.items() if name != whole}
+        if parts:
+            weight = weight.clone()
+        for name, scheme in parts.items():
+            if scheme.quantizes_activations:
+                raise ValueError(f"{name} is part of a layer, whose one input {scheme} would quantize")
+            self.layers[name].of(weight).copy_(self.weight(name, scheme))
+        return weight
+
+    def _original(self, name: str) -> Tensor:
+        return self.layers[name].of(self._originals[whole_and_channels(name)[0]])
+
     def _round_input(self, name: str, module: nn.Module) -> Any:
         def round_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            scheme = self._applied.get(name)
+            scheme = self._applied.get(name, {}).get(name)
             if scheme is None or not scheme.quantizes_activations:
                 return None
             return (round_activation(inputs[0], scheme.activation_bits, token_dims(module, inputs[0])), *inputs[1:])
@@ -273,9 +296,10 @@ def _by_position(module: nn.Module) -> Callable[..., tuple[tuple[Any, ...], dict
     return rearrange
 
 
-def _layers(loaded: LoadedModel, chain: BlockChain | None) -> dict[str, WeightedLayer]:
+def _layers(loaded: LoadedModel, chain: BlockChain | None) -> Layers:
     item = one_item(loaded)
-    layers = {weighted.layer.name: weighted for weighted in enumerate_layers(loaded.model, lambda: loaded(item))}
+    found = enumerate_layers(loaded.model, lambda: loaded(item))
+    layers = Layers({weighted.layer.name: weighted for weighted in found})
     if not layers:
         raise UnsupportedModel(
             f"{loaded.architecture} has no quantizable layer",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from search.inventory import Layer, LayerKind
+from search.inventory import Layer, LayerKind, whole_and_channels
 from workers.hooks import removing
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -19,18 +19,41 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(slots=True)
 class WeightedLayer:
-    """A layer together with the module that runs it and the parameter that holds its weight.
+    """A layer, or a part of one, together with the module that runs it and the parameter that holds its weight.
 
-    `transposed` marks weights stored as inputs × outputs (GPT-2's Conv1D, some fused experts).
+    `transposed` marks weights stored as inputs × outputs (GPT-2's Conv1D, some fused experts). `channels` are the
+    output channels that a part has of its layer.
     """
 
     layer: Layer
     module: nn.Module
     parameter: nn.Parameter
     transposed: bool = False
+    channels: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it is now; of a part, a view of its layer's."""
+        return self.of(self.parameter.detach())
+
+    def of(self, whole: Tensor) -> Tensor:
+        """What a tensor that is shaped as the parameter says of this layer or part: a view, shaped as `weight`."""
+        return whole[..., self.channels] if self.transposed else whole[self.channels]
+
+    def replaced(self, whole: Tensor, weight: Tensor) -> Tensor:
+        """`whole`, shaped as the parameter, with another `weight` of this layer or part."""
+        if weight.shape == whole.shape:
+            return weight
+        whole = whole.clone()
+        self.of(whole).copy_(weight)
+        return whole
+
+    def part(self, channels: range) -> WeightedLayer:
+        """Some of its output channels. Raises what `Layer.part` raises."""
+        return replace(self, layer=self.layer.part(channels), channels=slice(channels.start, channels.stop))
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """`weight`, shaped as the parameter, as rows × columns."""
+        """`weight`, shaped as the layer's, as rows × columns."""
         if self.transposed:
             weight = weight.transpose(-1, -2)
         columns = weight.shape[-1] if self.layer.kind == "experts" else weight[0].numel()
@@ -38,10 +61,20 @@ class WeightedLayer:
 
     def unmatrix(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`."""
-        shape = self.parameter.shape
+        shape = self.weight.shape
         if self.transposed:
             return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).contiguous()
         return matrix.reshape(shape)
+
+
+class Layers(dict[str, WeightedLayer]):
+    """Whole layers by name, in the order they first run; parts of them are found by their names, too."""
+
+    def __missing__(self, name: str) -> WeightedLayer:
+        whole, channels = whole_and_channels(name)
+        if channels is None or whole not in self:
+            raise KeyError(name)
+        return self[whole].part(channels)
 
 
 def enumerate_layers(model: nn.Module, run_one_item: Callable[[], object]) -> list[WeightedLayer]:

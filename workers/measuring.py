@@ -17,14 +17,16 @@ from db.tables import Stage
 from search.acceptance import accepted, finalists
 from search.candidate import Candidate, Source
 from search.measurement import metrics
-from search.proposals import Drafts, axes, judge
+from search.prices import share_prices
+from search.proposals import Drafts, judge
 from search.racing import stops
 from search.refinement import Trial
+from search.surrogate import Surrogate
 from search.sweep import Choice, Sweep
 from workers.calibration import Split
 from workers.profiling import Profile
 from workers.run import Run
-from workers.tasks import MEASURE, Item, Result
+from workers.tasks import MEASURE, Item, Result, Task
 
 Floats = NDArray[np.float64]
 
@@ -104,7 +106,7 @@ class Measuring:
         chosen = finalists(self.sweep, [trial.choice for trial in trials], losses, tiers)
         self.enter("accept", 2 * len(chosen))
         heard = self._samples([tried[index] for index in chosen], "acceptance")
-        costs = [[self.candidates[at].costs[name] for name in axes(self.profile.bounds)] for at in heard]
+        costs = [[self.candidates[at].costs[name] for name in self.profile.axes] for at in heard]
         losses = np.array([told["loss"] for told in heard.values()])
         stands = accepted(losses, np.array(costs), [tiers[index] for index in chosen])
         reported = [tried[index] for index, stand in zip(chosen, stands, strict=True) if stand or not tiers[index]]
@@ -123,6 +125,20 @@ class Measuring:
             self._tell(self.candidates[at])
         self.run.summary["acceptance"] = {"finalists": len(chosen), "accepted": int(stands.sum())}
         self.run.summary["coverage"] = coverage(self.candidates)
+
+    def compute(self, task: Task, items: Sequence[Item]) -> list[Result]:
+        """What else has to be known, without progress of its own."""
+        return self.run.compute(task, items, self._stage, part=(self._progress[1], self._progress[1], 0))
+
+    def price(self, surrogate: Surrogate) -> None:
+        """Say, of every point of the frontier, what share of its loss more of the bounded resources would save."""
+        bounded = dict.fromkeys([*self.profile.axes, *(bound.resource for bound in self.profile.bounds)])
+        for at, candidate in enumerate(self.candidates):
+            if candidate.on_frontier:
+                limits = {name: candidate.costs[name] for name in bounded}
+                shares = share_prices(surrogate.table, self.profile.costs, limits, surrogate.power)
+                self.candidates[at] = replace(candidate, shadow_prices=shares)
+        put_candidates(self.run.engine, self.run.claim, self.candidates)
 
     def _place(self, choice: Choice, source: Source, label: str) -> int:
         """Where the candidate of a choice stands; a new one stands last."""
@@ -155,7 +171,7 @@ class Measuring:
         return {"loss": exp(mean), "low": exp(mean - reach), "high": exp(mean + reach)}
 
     def _judge(self) -> None:
-        limit, over = self.run.request.budgets.loss_increase, axes(self.profile.bounds)
+        limit, over = self.run.request.budgets.loss_increase, self.profile.axes
         self.candidates[:] = judge(self.candidates, self.profile.bounds, limit, over)
         put_candidates(self.run.engine, self.run.claim, self.candidates)
 

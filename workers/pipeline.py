@@ -6,6 +6,7 @@ Every stage can be done again: what was finished is found by its content.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import numpy as np
 from sqlalchemy import Engine
@@ -17,7 +18,8 @@ from search.agreement import spearman
 from search.candidate import Candidate
 from search.evolution import Evolution
 from search.ilp import frontier
-from search.proposals import Drafts, axes, baselines, shared
+from search.proposals import Drafts, baselines, shared
+from search.reference import reference
 from search.refinement import TOGETHER, Refinement, Trial, first
 from search.request import SearchRequest
 from search.surrogate import Features, Surrogate
@@ -28,6 +30,7 @@ from workers.measuring import Measuring
 from workers.profiling import Profile, evaluator_spec, profile_model
 from workers.run import Run
 from workers.sensitivity import Table
+from workers.sensitivity.rounding import relative_errors
 from workers.tables import fill_tables
 
 
@@ -53,6 +56,7 @@ def run_search(
     elif request.optimizer.method != "ilp":
         refine(measuring, refinement)
     measuring.accept()
+    look_back(measuring, refinement.surrogate())
     tell_if_nothing_fits(run, measuring.candidates)
     run.summary["agreement"] = agreement(measuring.candidates)
     run.summary["evaluations"] = refinement.spent
@@ -63,7 +67,7 @@ def begin(run: Run, profile: Profile, tables: dict[str, Table]) -> tuple[Measuri
     """What measures, and what decides what is measured; nothing is measured yet."""
     request, space = run.request, profile.space
     uniform = list(baselines(space).values())
-    sweep = Sweep.of(profile.costs, profile.bounds, axes(profile.bounds)[0], request.optimizer.points, uniform)
+    sweep = Sweep.of(profile.costs, profile.bounds, profile.axes[0], request.optimizer.points, uniform)
     measuring = Measuring(run, profile, sweep, Drafts(space, profile.costs, predicting(profile, tables, [])))
     refinement = Refinement(
         sweep,
@@ -144,6 +148,9 @@ def evolve(measuring: Measuring, refinement: Refinement) -> None:
         storage=study_storage(run.engine),
         name=study_name(run.claim.search_id),
     )
+    # What an attempt before this one has told is known to the study, and kept by its content.
+    for choice in evolution.told:
+        measuring.add(refinement.whole([choice], "evolved"))
     losses = {trial.choice.tobytes(): trial.loss for trial in measuring.trials.values()}
     while choices := evolution.ask(refinement.together):
         new = [choice for choice in choices if choice.tobytes() not in losses][: refinement.left]
@@ -155,6 +162,15 @@ def evolve(measuring: Measuring, refinement: Refinement) -> None:
                 evolution.tell(choice, losses[choice.tobytes()])
         if not refinement.left:
             return
+
+
+def look_back(measuring: Measuring, surrogate: Surrogate) -> None:
+    """With all that is known now: what more of each resource would buy, and what no allocation can do better."""
+    run, space = measuring.run, measuring.profile.space
+    measuring.price(surrogate)
+    weights_only = not any(scheme.quantizes_activations for scheme in space.schemes)
+    errors = relative_errors(measuring.compute, space) if weights_only else None
+    run.summary["reference"] = asdict(reference(surrogate, measuring.sweep, space, errors))
 
 
 def predicting(profile: Profile, tables: dict[str, Table], trials: Sequence[Trial]) -> dict[str, Surrogate]:

@@ -37,6 +37,8 @@ class Profile:
     space: Space
     costs: dict[Resource, Cost]
     bounds: list[Bound]
+    axes: list[Resource]
+    """The resources the frontier is drawn over; the search sweeps the first."""
     batch_sizes: tuple[int, ...]
     forward_seconds: float
 
@@ -83,6 +85,7 @@ def profile_model(run: Run) -> Profile:
             "and autoscheme do not see that use, and predict too little; measured losses do"
         )
     check_feasible(costs, bounds)
+    over = axes(bounds, request.optimizer.objective)
     run.summary |= {
         "model_digest": inventory.digest,
         "data_digest": described["data_digest"],
@@ -99,7 +102,7 @@ def profile_model(run: Run) -> Profile:
             for layer in space.layers
         ],
         "schemes": [str(scheme) for scheme in space.schemes],
-        "axes": axes(bounds),
+        "axes": over,
         "feasible": {name: {"min": cost.smallest, "max": cost.largest} for name, cost in costs.items()},
         "full_precision": {
             name: value for name, value in described["full_precision"].items() if not name.startswith("loss")
@@ -110,7 +113,7 @@ def profile_model(run: Run) -> Profile:
     }
     run.save()
     queue.progress(run.engine, run.claim, "profile", 1, 1)
-    return Profile(inventory, space, costs, bounds, tuple(described["batch_sizes"]), described["forward_seconds"])
+    return Profile(inventory, space, costs, bounds, over, tuple(described["batch_sizes"]), described["forward_seconds"])
 
 
 def check_labels(request: SearchRequest, *, labelled: bool) -> None:

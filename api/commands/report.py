@@ -10,6 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from api.commands.client import Client, Event
 from api.commands.console import Refused, out
@@ -67,9 +68,9 @@ def frontier_table(frontier: dict[str, Any], model: str) -> Table:
     extra = [name for name in ("perplexity", "accuracy") if any(name in point["metrics"] for point in rows)]
     title = f"{model}: measured frontier"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left", title_style="bold")
-    # `export --point` needs the number: where the terminal is narrow, the configuration's name gives way.
-    table.add_column("point", justify="right", no_wrap=True, min_width=5)
-    table.add_column("configuration", overflow="ellipsis", no_wrap=True)
+    table.add_column("point", justify="right", no_wrap=True)
+    # Where the terminal is narrow, the configuration's name gives way, and nothing else.
+    table.add_column("configuration", no_wrap=False)
     for name in resources:
         table.add_column(RESOURCES[name].unit, justify="right", no_wrap=True)
     for name in ("loss", *extra):
@@ -79,20 +80,18 @@ def frontier_table(frontier: dict[str, Any], model: str) -> Table:
         best = point["number"] == frontier["best"]
         table.add_row(
             str(point["number"]),
-            escape(point["label"]),
+            Text(point["label"], no_wrap=True, overflow="ellipsis"),
             *(RESOURCES[name].number(point["costs"][name]) for name in resources),
             loss_text(point["metrics"]["loss"]),
             *(f"{point['metrics'][name]:.4g}" if name in point["metrics"] else "" for name in extra),
-            _remarks(point, best),
+            _remarks(point, best, knee=point["number"] == frontier["knee"]),
             style="bold green" if best else "" if point["on_frontier"] else "dim",
         )
     return table
 
 
-def _remarks(point: dict[str, Any], best: bool) -> str:
-    remarks = ["★ best"] if best else []
-    if point["source"] == "uniform":
-        remarks.append("uniform")
+def _remarks(point: dict[str, Any], best: bool, *, knee: bool) -> str:
+    remarks = ["★ best"] * best + ["knee"] * knee
     if not point["fits"]:
         remarks.append("over budget")
     elif not point["on_frontier"]:

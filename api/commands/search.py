@@ -24,7 +24,8 @@ DEFAULT_METRICS = ",".join(SearchRequest.model_fields["sensitivity"].default)
 
 Url = Annotated[str, typer.Option("--url", envvar="BITFRONTIER_URL", help="Where the service is.")]
 Budget = Annotated[
-    list[str], typer.Option("--budget", "-b", help="NAME=VALUE, for example avg_bits=4.25. Several hold together.")
+    list[str] | None,
+    typer.Option("--budget", "-b", help="NAME=VALUE, for example avg_bits=4.25. Several hold together."),
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the frontier and the configuration.")]
 File = Annotated[Path | None, typer.Option("--output", "-o", help="File to write. Left out: standard output.")]
@@ -33,7 +34,7 @@ SearchId = Annotated[int, typer.Argument(metavar="ID", help="Number of the searc
 
 def search(
     model: Annotated[str, typer.Argument(help="A registered model, or a Hugging Face id such as org/name.")],
-    budget: Budget,
+    budget: Budget = None,
     target: Annotated[str | None, typer.Option(help="Runtime that will load the result, for example vllm.")] = None,
     schemes: Annotated[str | None, typer.Option(help="Schemes separated by commas: w4a16g64,w8a16g64.")] = None,
     quantizer: Annotated[str | None, typer.Option(help="rtn or mse.")] = None,
@@ -44,6 +45,17 @@ def search(
         str | None,
         typer.Option(help=f"Metrics separated by commas, of {', '.join(METRICS)}. Default: {DEFAULT_METRICS}."),
     ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(help="PATTERN:NAME=VALUE, a budget on some layers: '*.down_proj:avg_bits=6.25'."),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="What the best has least of: loss, or with --budget loss_increase=… size_mb, avg_bits, gbitops."
+        ),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="auto, ilp, refine or evolution.")] = None,
     points: Annotated[int | None, typer.Option(help="Budget levels swept per metric.")] = None,
     evaluations: Annotated[int | None, typer.Option(help="Most configurations to measure.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Layer or glob left at full precision.")] = None,
@@ -54,10 +66,13 @@ def search(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Search the bits of every layer of MODEL under a budget, and follow it to its frontier."""
+    if not (budget or limit):
+        raise typer.BadParameter("name at least one budget, for example avg_bits=4.25", param_hint="--budget")
     body: dict[str, Any] = {
         "model": model,
         "target": target,
-        "budgets": {name: _number(value) for name, value in _pairs(budget, "--budget").items()},
+        "budgets": {name: _number(value) for name, value in _pairs(budget or [], "--budget").items()}
+        | {"limits": _limits(limit or [])},
         "space": {
             "schemes": _list(schemes),
             "quantizer": quantizer,
@@ -66,7 +81,7 @@ def search(
         },
         "calibration": {"dataset": dataset, "samples": samples, "sequence_length": sequence_length, "seed": seed},
         "sensitivity": _list(sensitivity),
-        "optimizer": {"points": points, "evaluations": evaluations},
+        "optimizer": {"method": method, "objective": objective, "points": points, "evaluations": evaluations},
     }
     check: Callable[[], None] | None = None
     with ExitStack() as stack:
@@ -166,6 +181,18 @@ def _pairs(texts: list[str], option: str) -> dict[str, str]:
         if not (name and equals and value):
             raise typer.BadParameter(f"'{name}{equals}{value}' is not NAME=VALUE", param_hint=option)
     return {name: value for name, _, value in pairs}
+
+
+def _limits(texts: list[str]) -> dict[str, dict[str, float | str]]:
+    limits: dict[str, dict[str, float | str]] = {}
+    for text in texts:
+        # A pattern may have colons of its own: kind:embedding.
+        place, _, value = text.rpartition("=")
+        pattern, _, name = place.rpartition(":")
+        if not (pattern and name and value):
+            raise typer.BadParameter(f"'{text}' is not PATTERN:NAME=VALUE", param_hint="--limit")
+        limits.setdefault(pattern, {})[name] = _number(value)
+    return limits
 
 
 def _number(text: str) -> float | str:

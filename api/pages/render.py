@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup, escape
 
 from api.metrics import is_relative
-from api.resources import RESOURCES, budget_text, loss_text
+from api.resources import OBJECTIVES, RESOURCES, budget_text, loss_text
 
 STATIC = Path(__file__).parent.parent / "static"
 
@@ -72,6 +72,7 @@ def _environment() -> Environment:
     environment.filters |= {"loss": loss_text, "moment": moment, "breakable": breakable}
     environment.tests["relative"] = is_relative
     environment.globals |= {
+        "OBJECTIVES": OBJECTIVES,
         "RESOURCES": RESOURCES,
         "budget_text": budget_text,
         "duration": duration,

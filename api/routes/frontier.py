@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from math import inf, nan
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
@@ -15,6 +16,7 @@ from api.frontier import Included
 from api.pages.charts import standalone_page
 from api.problems import responses
 from api.sensitivities import read_sensitivities, sensitivity_table
+from search.budget import BUDGETS
 from search.errors import InvalidRequest
 from search.exports import EXPORTS
 
@@ -35,6 +37,15 @@ Include = Annotated[
     ),
 ]
 
+Under = Annotated[
+    str,
+    Query(
+        description="Other budgets, as NAME:VALUE separated by commas, in the units of a request's `budgets`: "
+        "`best_under` of the JSON is then the best measured point that keeps them.",
+        examples=["avg_bits:4.25,size_mb:70"],
+    ),
+]
+
 
 @router.get(
     "/frontier",
@@ -44,14 +55,16 @@ Include = Annotated[
     | {200: {"content": FILE_CONTENT | {"application/vnd.apache.parquet": {"schema": {"type": "string"}}}}},
     summary="The measured frontier",
 )
-def frontier(found: FoundFrontier, format: FrontierFormat = "json", include: Include = "baselines") -> Any:
+def frontier(
+    found: FoundFrontier, format: FrontierFormat = "json", include: Include = "baselines", under: Under = ""
+) -> Any:
     """Measured points that fit every budget and that no other dominates; uniform baselines beside them.
 
     While a search runs, this is the frontier of what has been measured so far.
     """
-    groups = _groups(include)
+    groups, budgets = _groups(include), _budgets(under)
     if format == "json":
-        return FrontierDocument.of(found, set(groups))
+        return FrontierDocument.of(found, set(groups), budgets)
     name = f"search-{found.search.id}-frontier.{format}"
     if format == "html":
         return _file(standalone_page(found), "text/html; charset=utf-8", name)
@@ -115,6 +128,25 @@ def _groups(include: str) -> set[Included]:
             accepted=list(GROUPS),
         )
     return {group for group in GROUPS if group in names}
+
+
+def _budgets(under: str) -> dict[str, float]:
+    budgets: dict[str, float] = {}
+    for part in filter(None, map(str.strip, under.split(","))):
+        name, _, text = part.partition(":")
+        try:
+            value = float(text)
+        except ValueError:
+            value = nan
+        if name not in BUDGETS or not 0 < value < inf:
+            raise InvalidRequest(
+                f"'{part}' is not a budget",
+                field="under",
+                value=under,
+                accepted=f"NAME:VALUE separated by commas, of {', '.join(BUDGETS)}, each value a number above 0",
+            )
+        budgets[name] = min(value, budgets.get(name, inf))
+    return budgets
 
 
 def _file(content: str | bytes, media_type: str, filename: str) -> Response:

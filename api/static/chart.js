@@ -3,7 +3,11 @@
   "use strict";
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const ROLES = { frontier: "--accent", best: "--accent", dominated: "--dot", over: "--dot", baseline: "--baseline" };
+  const ROLES = {
+    frontier: "--accent", best: "--accent", dominated: "--dot", over: "--dot", baseline: "--baseline", searched: "--dot",
+    lower_bound: "--good", rate_distortion: "--limit",
+  };
+  const NOTES = { baseline: "--baseline-ink", knee: "--accent" };
   const NAMES = { avg_bits: "Bits per weight", size_bytes: "Size", bitops: "Bit operations" };
   const narrow = () => window.innerWidth < 560;
 
@@ -18,8 +22,8 @@
     const shared = look(), { font } = shared, quiet = colour("--quiet"), rule = colour("--rule");
     const data = figure.data.map((trace) => ({
       ...trace,
-      marker: { ...trace.marker, color: colour(ROLES[trace.meta]), line: { ...trace.marker.line, color: colour(trace.meta === "best" ? "--accent" : "--card") } },
-      line: trace.line && { ...trace.line, color: colour("--accent") },
+      marker: { ...trace.marker, color: colour(ROLES[trace.meta]), line: { ...trace.marker?.line, color: colour(trace.meta === "best" ? "--accent" : "--card") } },
+      line: trace.line && { ...trace.line, color: colour(ROLES[trace.meta]) },
     }));
     for (const trace of data) if (trace.meta === "over") trace.marker.line = { width: 1.5, color: colour("--dot") };
     const axis = { gridcolor: rule, linecolor: rule, zeroline: false, ticks: "", fixedrange: true };
@@ -35,7 +39,7 @@
         xaxis: { ...axis, ...xaxis, title: { ...xaxis.title, font, standoff: 10 } },
         yaxis: { ...axis, ...yaxis, title: { ...yaxis.title, font, standoff: 8 }, automargin: true, exponentformat: "power" },
         shapes: shapes.map((shape) => ({ ...shape, line: { color: colour("--limit"), width: 1.5, dash: "dash" } })),
-        annotations: annotations.map(({ meta, ...note }) => ({ ...note, font: { size: 12, color: colour(meta === "baseline" ? "--baseline-ink" : "--limit") } })),
+        annotations: annotations.map(({ meta, ...note }) => ({ ...note, font: { size: 12, color: colour(NOTES[meta] || "--limit") } })),
       },
     };
   }
@@ -47,6 +51,15 @@
     if (!shown || !chart) return;
     const { data, layout } = painted(figures[shown]);
     Plotly.react(chart, data, layout, { displayModeBar: false, responsive: true });
+  }
+
+  // Makes room for a reference line that waited in the legend, as long as it is shown.
+  function makeRoom() {
+    const { layout } = figures[shown], { widest } = layout.meta || {};
+    if (!widest) return;
+    const waiting = figures[shown].data.filter((trace) => trace.visible === "legendonly").map((trace) => trace.meta);
+    const now = document.getElementById("chart").data.some(({ meta, visible }) => waiting.includes(meta) && visible !== "legendonly");
+    Plotly.relayout("chart", { "yaxis.range": now ? widest : layout.yaxis.range });
   }
 
   function axisSwitch(names) {
@@ -74,7 +87,8 @@
     draw();
     const base = document.getElementById("search")?.dataset.points;
     const chart = document.getElementById("chart");
-    if (base) chart.on("plotly_click", (event) => { location.href = base + event.points[0].customdata; });
+    chart.on("plotly_restyle", makeRoom);
+    if (base) chart.on("plotly_click", ({ points: [{ customdata }] }) => { if (customdata) location.href = base + customdata; });
     chart.classList.toggle("clickable", Boolean(base));
   }
 

@@ -100,7 +100,7 @@ def _losses(
     lines = file.read_text().splitlines() if file.exists() else []
     known = {tuple(line["choice"]): line for line in map(json.loads, lines)}
     remaining = [choice for choice in choices if tuple(choice.tolist()) not in known]
-    with file.open("a") as stream, _remembering(evaluator):
+    with file.open("a") as stream, remembering(evaluator):
         for index, choice in enumerate(remaining):
             _check_time(until, f"{len(remaining) - index} of {len(choices)} configurations remain to be measured")
             allocation = layer_schemes(space, choice)
@@ -113,7 +113,7 @@ def _losses(
 
 
 @contextmanager
-def _remembering(evaluator: Evaluator) -> Iterator[None]:
+def remembering(evaluator: Evaluator) -> Iterator[None]:
     """Within, every rounded weight and every full-precision output is kept: thousands of configurations share them."""
     evaluator.weight, evaluator.reference = cache(evaluator.weight), cache(evaluator.reference)  # type: ignore[method-assign]
     try:
@@ -139,7 +139,7 @@ def _table(
         evaluator._references.clear()
         evaluator.reached.clear()
         began = time.perf_counter()
-        table = _fill(name, evaluator, space)
+        table = fill(name, evaluator, space)
         kept = {
             "key": key,
             "table": table.to_json(),
@@ -162,7 +162,9 @@ def _sources(module: str, found: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def _fill(name: str, evaluator: Evaluator, space: Space) -> Table:
+def fill(name: str, evaluator: Evaluator, space: Space) -> Table:
+    """A metric's table on the calibration split."""
+
     def compute(task: Task, items: Sequence[Item]) -> list[Result]:
         return [task.run(evaluator, item) for item in items]
 

@@ -48,7 +48,7 @@ def digits() -> Evaluator:
     """A convolutional net of six layers that reads 8 × 8 digits, trained here."""
     model, images, labels = _trained_digits()
     splits = [{"pixel_values": images[part], "labels": labels[part]} for part in (slice(-720, -360), slice(-360, None))]
-    return _evaluator(copy.deepcopy(model), "DigitsNet", splits, 360)
+    return evaluator_of(copy.deepcopy(model), "DigitsNet", splits, 360)
 
 
 def minilm() -> Evaluator:
@@ -63,7 +63,7 @@ def efficientnet() -> Evaluator:
     model, preprocess = models.efficientnet_lite0()
     generator = np.random.default_rng(0)
     splits = [{"pixel_values": preprocess(_crops(side, 24, generator))} for side in ("left", "right")]
-    return _evaluator(model, "EfficientNetLite0", splits, 8)
+    return evaluator_of(model, "EfficientNetLite0", splits, 8)
 
 
 def smollm2() -> Evaluator:
@@ -167,8 +167,9 @@ def _crops(side: str, count: int, generator: np.random.Generator) -> np.ndarray:
     return torch.cat(crops).numpy()
 
 
-def _evaluator(model: nn.Module, architecture: str, splits: list[dict[str, Tensor]], size: int) -> Evaluator:
-    """An evaluator of a model from no file, with its (calibration, held-out) samples in batches of `size`."""
+def evaluator_of(model: nn.Module, architecture: str, splits: list[dict[str, Tensor]], size: int) -> Evaluator:
+    """An evaluator of a model from no file, with its samples in batches of `size`: those to calibrate on, to accept on
+    and to report on; of two splits the second does both."""
     weights = [value for _, value in sorted(model.state_dict().items())]
     loaded = LoadedModel(
         model.eval().requires_grad_(False), "image-classification", architecture, _digest([architecture, *weights])
@@ -181,7 +182,7 @@ def _evaluator(model: nn.Module, architecture: str, splits: list[dict[str, Tenso
         for split in splits
     ]
     values = [value for split in splits for _, value in sorted(split.items())]
-    return Evaluator(loaded, Data(batches[0], batches[1], batches[1], _digest(values)))
+    return Evaluator(loaded, Data(batches[0], batches[1], batches[-1], _digest(values)))
 
 
 def _digest(parts: Sequence[object]) -> str:

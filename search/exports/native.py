@@ -6,10 +6,10 @@ from typing import Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from search.allocation import LayerSchemes
+from search.allocation import LayerSchemes, placed
 from search.errors import InvalidRequest
 from search.exports import Exported, export
-from search.inventory import LayerKind, Task
+from search.inventory import LayerKind, Task, by_whole
 from search.scheme import Scheme
 
 SCHEMA: Final = "bitfrontier/configuration"
@@ -42,7 +42,11 @@ class Point(_Strict):
 
 
 class LayerConfig(_Strict):
-    """How one searched layer is stored and multiplied; `rows` and `columns` are those of its weight matrix."""
+    """How one searched layer is stored and multiplied; `rows` and `columns` are those of its weight matrix.
+
+    Of a layer whose output channels take several schemes, each group of channels is one such entry, named as
+    `search.allocation` says: `model.head[0:128]`.
+    """
 
     name: str
     kind: LayerKind
@@ -97,10 +101,11 @@ class Configuration(_Strict):
     "json",
     filename="bitfrontier.json",
     description="Bitfrontier's own document: every layer's scheme, the costs and what was measured",
+    splits_layers=True,
 )
 def write_native(exported: Exported) -> str:
     """The candidate as a `Configuration` document."""
-    inventory, candidate, schemes = exported.inventory, exported.candidate, exported.schemes
+    inventory, candidate, searched = exported.inventory, exported.candidate, by_whole(exported.schemes)
     document = Configuration(
         schema=SCHEMA,
         model=ModelIdentity(
@@ -124,10 +129,9 @@ def write_native(exported: Exported) -> str:
                 group_size=scheme.group_size,
                 symmetric=scheme.symmetric,
             )
-            for layer in inventory.layers
-            if (scheme := schemes.get(layer.name)) is not None
+            for layer, scheme in placed(exported.schemes, inventory.layers)
         ),
-        full_precision=tuple(layer.name for layer in inventory.layers if layer.name not in schemes),
+        full_precision=tuple(layer.name for layer in inventory.layers if layer.name not in searched),
         costs=candidate.costs,
         predicted=candidate.predicted,
         metrics=candidate.metrics,

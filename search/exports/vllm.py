@@ -53,8 +53,8 @@ def write_vllm(exported: Exported) -> str:
 
     Raises ExportRefused where vLLM could not load it or would silently load something else.
     """
-    inventory = exported.inventory
-    schemes = {layer.name: exported.schemes.get(layer.name, FULL_PRECISION) for layer in inventory.layers}
+    inventory, taken = exported.inventory, exported.schemes
+    schemes = {layer.name: taken.get(layer.name, FULL_PRECISION) for layer in inventory.layers}
     _refuse_model(inventory)
     for layer in inventory.layers:
         _refuse_layer(layer, schemes[layer.name])

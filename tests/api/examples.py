@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +18,22 @@ from db.queue import claim, fail, progress, succeed
 from db.results import put_result
 from db.searches import create_search, set_summary
 from search.allocation import layer_schemes, to_json
+from search.budget import cost_bounds
 from search.candidate import Candidate
 from search.cost import cost_tables
 from search.inventory import Inventory, Layer
 from search.metrics import METRICS
 from search.pareto import undominated
+from search.prices import share_prices
+from search.proposals import axes
+from search.reference import reference
 from search.request import SearchRequest
 from search.space import Space, build_space
+from search.surrogate import Features, Surrogate
+from search.sweep import Sweep
 from search.targets import find_target
+
+Measured = Literal["held out", "calibration", ""]
 
 MODEL = "all-minilm-l6-v2"
 REQUEST = {
@@ -132,7 +141,8 @@ def enter_metric(engine: Engine, held: Any, metric: str, passes: float, seconds:
 
 
 def results(engine: Engine, inventory: Inventory, request: SearchRequest) -> tuple[dict[str, Any], list[Candidate]]:
-    """A summary and candidates: the uniform ones, a mixed one per budget level, one unmeasured.
+    """A summary and candidates: the uniform ones, a mixed one per budget level, the last of these unmeasured, and some
+    that were searched on the calibration data alone.
 
     `pqi` is signed, `lrp` a relative score, and both have notes.
     """
@@ -145,15 +155,26 @@ def results(engine: Engine, inventory: Inventory, request: SearchRequest) -> tup
     loss = 2.4e-3 * weight[:, None] * decay[None, :]
     factors = {metric: 1 + 0.1 * place for place, metric in enumerate(request.sensitivity)}
 
-    def candidate(number: int, source: Any, label: str, choice: Any, *, measured: bool = True) -> Candidate:
+    bounds = cost_bounds(request.budgets.named())
+    over = axes(bounds, request.optimizer.objective)
+    sweep = Sweep.of(costs, bounds, over[0], request.optimizer.points)
+    surrogate = Surrogate.fit(Features.of(space, {"kl": loss}), np.zeros((0, len(space.units)), np.int64), np.zeros(0))
+    errors = np.tile(2.5 * decay / 4**4, (len(space.units), 1))
+
+    def candidate(number: int, source: Any, label: str, choice: Any, measured: Measured = "held out") -> Candidate:
         predicted = float(loss[np.arange(len(choice)), choice].sum())
         totals = {name: cost.total(choice) for name, cost in costs.items()}
         value = predicted * float(chance.lognormal(0.05, 0.06))
         fits = totals["avg_bits"] <= 5.25 and totals["size_bytes"] <= 40e6
+        metrics = {"calibration_loss": value / 1.1} if measured else {}
+        if measured == "held out":
+            metrics |= {"loss": value, "loss_stderr": value / 20, "acceptance_loss": value / 1.02}
+        expected = {"loss": predicted, "low": predicted / 1.2, "high": predicted * 1.2} if source != "uniform" else {}
         return Candidate(
             number, source, label, to_json(layer_schemes(space, choice)),
             {metric: predicted * factor for metric, factor in factors.items()}, totals,
-            {"loss": value, "loss_stderr": value / 20} if measured else {}, fits=fits and measured,
+            metrics, fits=fits and measured == "held out", expected=expected,
+            shadow_prices=share_prices(surrogate.table, costs, {name: totals[name] for name in over}),
         )  # fmt: skip
 
     uniform = [space.uniform(scheme) for scheme in space.schemes]
@@ -170,7 +191,13 @@ def results(engine: Engine, inventory: Inventory, request: SearchRequest) -> tup
     for number, step in enumerate(picked, start=len(found)):
         metric = request.sensitivity[number % len(request.sensitivity)]
         bits = costs["avg_bits"].total(step)
-        found.append(candidate(number, "ilp", f"{metric} ≤ {bits:.2f} bits", step, measured=number < len(picked) + 3))
+        measured = "held out" if number < len(picked) + 3 else ""
+        found.append(candidate(number, "ilp", f"{metric} ≤ {bits:.2f} bits", step, measured))
+    for step in picked[1:-2:3]:
+        tried = step.copy()
+        tried[chance.integers(0, len(space.units), 3)] = 1
+        label = f"refined, {costs['avg_bits'].total(tried):.2f} bits"
+        found.append(candidate(len(found), "refined", label, tried, "calibration"))
 
     fitting = [c for c in found if c.fits]
     keep = undominated(np.array([[c.costs["avg_bits"], c.metrics["loss"]] for c in fitting]))
@@ -202,12 +229,14 @@ def results(engine: Engine, inventory: Inventory, request: SearchRequest) -> tup
                            "notes": NOTES.get(metric, [])}  # fmt: skip
     summary = {
         "model_digest": inventory.digest, "task": inventory.task, "architecture": inventory.architecture,
-        "device": "cpu (2 threads)", "data_digest": "e" * 64, "schemes": schemes, "axes": ["avg_bits"],
+        "device": "cpu (2 threads)", "data_digest": "e" * 64, "schemes": schemes, "axes": over,
         "units": [{"name": unit.name, "layers": [layer.name for layer in unit.layers], "block": unit.block}
                   for unit in space.units],
         "layers": [{"name": layer.name, "kind": layer.kind, "block": layer.block, "rows": layer.rows,
                     "columns": layer.columns, "macs": layer.macs} for layer in space.layers],
         "feasible": {name: {"min": cost.smallest, "max": cost.largest} for name, cost in costs.items()},
+        "reference": asdict(reference(surrogate, sweep, space, errors)), "evaluations": 33.5,
+        "acceptance": {"finalists": 12, "accepted": 9}, "coverage": {"level": 0.9, "within": 8, "points": 9},
         "full_precision": {}, "tables": tables, "metrics": metrics, "reused": 3, "computed": 21,
         "agreement": {metric: {"spearman": 0.98 - place / 50, "points": 20} for place, metric in enumerate(metrics)},
     }  # fmt: skip
@@ -224,6 +253,5 @@ def _allowed(space: Space, values: NDArray[np.float64]) -> list[list[float | Non
 
 
 def _marked(candidate: Candidate, on_frontier: bool) -> Candidate:
-    from dataclasses import replace
-
-    return replace(candidate, on_frontier=on_frontier)
+    shadow_prices = candidate.shadow_prices if on_frontier else {}
+    return replace(candidate, on_frontier=on_frontier, shadow_prices=shadow_prices)

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 
 from db.candidates import put_candidates
 from db.events import add_event
-from db.queue import progress
+from db.queue import progress, succeed
 from db.searches import set_summary
 from search.metrics import METRICS
 from search.request import SearchRequest
@@ -58,7 +58,9 @@ def test_chart_shows_the_points_and_a_click_opens_one(served: str, page: Page, e
     drawn = page.evaluate("document.getElementById('chart').data.flatMap((trace) => trace.customdata)")
     assert page.locator("#chart .scatterlayer .point").count() == len(drawn)
     hrefs = page.locator("table.points tbody a").evaluate_all("(links) => links.map((link) => link.pathname)")
-    assert {f"/searches/{search_id}/points/{number}" for number in drawn} == set(hrefs), "chart and table agree"
+    searched = page.evaluate("document.getElementById('chart').data.find(({ meta }) => meta === 'searched').customdata")
+    listed = set(drawn) - set(searched)
+    assert {f"/searches/{search_id}/points/{number}" for number in listed} == set(hrefs), "chart and table agree"
     page.get_by_label("Size").check(force=True)
     page.wait_for_function("document.querySelector('#chart .xtitle').textContent.includes('size')")
     target = page.evaluate(
@@ -71,6 +73,29 @@ def test_chart_shows_the_points_and_a_click_opens_one(served: str, page: Page, e
     page.wait_for_selector("#chart .hovertext")
     page.mouse.click(target["x"], target["y"])
     page.wait_for_url(f"**/searches/{search_id}/points/{target['number']}")
+
+
+def test_a_reference_line_that_waits_in_the_legend_gets_room_when_it_is_shown(
+    served: str, page: Page, engine: Engine
+) -> None:
+    search_id, held = examples.claimed_search(engine)
+    request = SearchRequest.model_validate(examples.REQUEST)
+    summary, found = examples.results(engine, examples.store_model(engine), request)
+    far = [loss / 1e6 for loss in summary["reference"]["rate_distortion"]]
+    put_candidates(engine, held, found)
+    succeed(engine, held, summary | {"reference": summary["reference"] | {"rate_distortion": far}})
+    page.goto(f"{served}/searches/{search_id}")
+    page.wait_for_selector("#chart .scatterlayer .point")
+    name = "rate–distortion limit (ideal quantizer)"
+    least = "document.getElementById('chart')._fullLayout.yaxis.range[0]"
+    lines = "#chart .scatterlayer .js-line"
+    assert page.evaluate(least) > -6
+    before = page.locator(lines).count()
+    page.locator("#chart .traces", has_text=name).locator(".legendtoggle").click()
+    page.wait_for_function(f"{least} < -8")
+    assert page.locator(lines).count() == before + 1
+    page.locator("#chart .traces", has_text=name).locator(".legendtoggle").click()
+    page.wait_for_function(f"{least} > -6")
 
 
 def test_keyboard_reaches_a_point_and_its_vllm_file(served: str, page: Page, engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -16,11 +17,15 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 import pytest
 from click.testing import Result
+from rich.console import Console
 from sqlalchemy import Engine
 from typer.testing import CliRunner
 
 from api.cli import app
+from api.commands.client import Client
+from api.commands.report import frontier_table
 from api.commands.service import free_port
+from api.resources import loss_text
 from db.queue import claim, fail
 from db.searches import get_search
 from search.metrics import METRICS
@@ -57,6 +62,8 @@ def test_search_follows_prints_and_writes(served: str, engine: Engine, tmp_path:
     examples.store_model(engine)
     arguments = ["--budget", "avg_bits=5.25", "--budget", "size_mb=40", "--target", "vllm"]
     arguments += ["--schemes", "w4a16g64,w6a16g64,w8a16g64", "--quantizer", "mse", "--samples", "8"]
+    arguments += ["--method", "evolution", "--limit", "kind:linear:size_mb=40"]
+    arguments += ["--limit", "*.output.dense:avg_bits=6.25"]
     arguments += ["--sequence-length", "64", "--sensitivity", "kl,hessian_trace", "--seed", "3"]
     result = run("search", examples.MODEL, *arguments, "--output", str(tmp_path / "out"), url=served)
     assert result.exit_code == 0, result.output
@@ -68,6 +75,9 @@ def test_search_follows_prints_and_writes(served: str, engine: Engine, tmp_path:
     request = get_search(engine, 1).request
     assert request["calibration"] == {"dataset": None, "samples": 8, "sequence_length": 64, "seed": 3}
     assert request["sensitivity"] == ["kl", "hessian_trace"]
+    assert request["optimizer"]["method"] == "evolution"
+    assert request["budgets"]["limits"]["kind:linear"]["size_mb"] == 40
+    assert request["budgets"]["limits"]["*.output.dense"]["avg_bits"] == 6.25
     assert request["space"]["ignore"] == ["lm_head"], "what was left out has its default"
     written = {path.name: path for path in (tmp_path / "out").iterdir()}
     assert {"frontier.html", "frontier.csv", "frontier.json"} < set(written)
@@ -82,6 +92,9 @@ def test_refusals_are_in_plain_words(served: str, engine: Engine) -> None:
         (("search", examples.MODEL, "--budget", "avg_bits=1"), ("budgets.avg_bits", "minimum")),
         (("search", examples.MODEL, "--budget", "bits=4"), ("budgets.bits", "avg_bits")),
         (("search", examples.MODEL, "--budget", "avg_bits=four"), ("budgets.avg_bits", "number")),
+        (("search", examples.MODEL, "--limit", "nothing:avg_bits=5"), ("budgets.limits.nothing", "no searched layer")),
+        (("search", examples.MODEL, "--budget", "avg_bits=5", "--objective", "size_mb"), ("loss_increase",)),
+        (("search", examples.MODEL, "--budget", "avg_bits=5", "--method", "guess"), ("optimizer.method", "evolution")),
         (("show", "99"), ("no search 99",)),
         (("export", "99", "--point", "1"), ("no search 99",)),
         (("cancel", "99"), ("no search 99",)),
@@ -92,6 +105,33 @@ def test_refusals_are_in_plain_words(served: str, engine: Engine) -> None:
         assert isinstance(result.exception, SystemExit)
         for word in words:
             assert word in result.output, result.output
+
+
+@pytest.mark.parametrize("limit", ["avg_bits=5", "layer:avg_bits", "layer=5", ":avg_bits=5", "layer:avg_bits="])
+def test_a_limit_is_a_pattern_and_a_budget(limit: str) -> None:
+    result = run("search", examples.MODEL, "--limit", limit, url="")
+    assert result.exit_code == 2
+    assert "PATTERN:NAME=VALUE" in result.output
+
+
+def test_a_search_has_a_budget() -> None:
+    result = run("search", examples.MODEL, url="")
+    assert result.exit_code == 2
+    assert "at least one budget" in result.output
+
+
+def test_the_table_fits_80_columns(served: str, engine: Engine) -> None:
+    examples.finished_search(engine)
+    document = Client(served).get("/v1/searches/1/frontier").json()
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(frontier_table(document, examples.MODEL))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    for number, remark in ((document["best"], "★ best"), (document["knee"], "knee"), (3, "over budget")):
+        (row,) = (line for line in lines if line.split()[:1] == [str(number)])
+        point = next(p for p in [*document["points"], *document["baselines"]] if p["number"] == number)
+        for value in (remark, f"{point['costs']['avg_bits']:.2f}", loss_text(point["metrics"]["loss"])):
+            assert value in row, "only the configuration's name is cut"
 
 
 def test_help_names_every_metric() -> None:

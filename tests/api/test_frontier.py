@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 from fastapi.testclient import TestClient
@@ -23,7 +25,7 @@ def frontier(engine: Engine) -> Frontier:
 
 def test_frontier_holds_fitting_points_and_the_baselines(client: TestClient, frontier: Frontier) -> None:
     document = client.get("/v1/searches/1/frontier").json()
-    assert document["axes"] == ["avg_bits"]
+    assert document["axes"] == ["avg_bits", "size_bytes"]
     assert document["budgets"] == {"avg_bits": 5.25, "size_mb": 40}
     points = document["points"]
     assert all(point["fits"] and point["on_frontier"] for point in points)
@@ -55,7 +57,7 @@ def test_groups_together_are_all_candidates(client: TestClient, frontier: Fronti
         point["number"] for group in ("points", "dominated", "predicted", "baselines") for point in document[group]
     }
     assert numbers == {candidate.number for candidate in frontier.candidates}
-    assert all(not point["metrics"] for point in document["predicted"])
+    assert all("loss" not in point["metrics"] for point in document["predicted"])
 
 
 def test_tables_agree_with_the_document(client: TestClient, frontier: Frontier) -> None:
@@ -70,6 +72,75 @@ def test_tables_agree_with_the_document(client: TestClient, frontier: Frontier) 
         row = table.loc[point["number"]]
         assert (row["loss"], row["avg_bits"]) == (point["metrics"]["loss"], point["costs"]["avg_bits"])
         assert row["predicted_kl"] == point["predicted"]["kl"]
+
+
+def test_the_best_point_under_other_budgets(client: TestClient, frontier: Frontier) -> None:
+    def best_under(text: str) -> int | None:
+        number: int | None = client.get("/v1/searches/1/frontier", params={"under": text}).json()["best_under"]
+        return number
+
+    points = {point.number: point for point in frontier.measured}
+    within = [point for point in frontier.measured if point.costs["avg_bits"] <= 4.75]
+    assert best_under("avg_bits:4.75") == min(within, key=lambda point: point.metrics["loss"]).number
+    wider = best_under("avg_bits:8.25, size_mb:1000")
+    assert wider is not None
+    assert points[wider].metrics["loss"] == min(point.metrics["loss"] for point in frontier.measured)
+    assert not points[wider].fits, "in place of the budgets of the search"
+    assert best_under("avg_bits:4.75,loss_increase:1e-9") is None
+    assert "best_under" not in client.get("/v1/searches/1/frontier").json()
+
+
+@pytest.mark.parametrize("under", ["bits:4", "avg_bits", "avg_bits:four", "size_mb:-1", "size_mb:nan", "size_mb:inf"])
+def test_other_budgets_that_make_no_sense_are_refused(client: TestClient, frontier: Frontier, under: str) -> None:
+    answer = client.get("/v1/searches/1/frontier", params={"under": f"avg_bits:5,{under}"})
+    assert answer.status_code == 422
+    problem = answer.json()
+    assert problem["field"] == "under"
+    assert f"'{under}' is not a budget" in problem["detail"]
+    assert "avg_bits, size_mb, gbitops, loss_increase" in problem["accepted"]
+
+
+def test_knee_and_hypervolume_are_of_cost_and_log_loss(client: TestClient, frontier: Frontier) -> None:
+    document = client.get("/v1/searches/1/frontier").json()
+    line = frontier.line("avg_bits")
+    drawn = np.array([[point.costs["avg_bits"], np.log(point.metrics["loss"])] for point in line])
+    scaled = (drawn - drawn.min(axis=0)) / np.ptp(drawn, axis=0)
+    assert document["knee"] == line[int(scaled.sum(axis=1).argmin())].number
+    # The mean of ln(worst ÷ frontier), by a fine grid of budgets.
+    least, worst = frontier.search.summary["feasible"]["avg_bits"]["min"], max(p.loss for p in frontier.baselines)
+    gains = []
+    for budget in np.linspace(least, 5.25, 20_001):
+        found = frontier.best_under({"avg_bits": budget, "size_mb": 40})
+        gains.append(max(0.0, np.log(worst / found.loss)) if found else 0.0)
+    assert document["hypervolume"] == pytest.approx(np.mean(gains), rel=1e-3)
+
+
+def test_a_lossless_point_does_not_break_what_takes_logarithms(frontier: Frontier) -> None:
+    lossless = [replace(point, metrics={"loss": 0.0}) for point in frontier.candidates]
+    broken = replace(frontier, candidates=tuple(lossless))
+    assert broken.hypervolume is None or np.isfinite(broken.hypervolume)
+    assert broken.knee is None
+
+
+def test_references_bound_what_is_predicted(client: TestClient, frontier: Frontier) -> None:
+    reference = client.get("/v1/searches/1/frontier").json()["reference"]
+    assert reference["axis"] == "avg_bits"
+    for point in frontier.points:
+        for level, bound, ideal in zip(
+            reference["levels"], reference["lower_bound"], reference["rate_distortion"], strict=True
+        ):
+            if point.costs["avg_bits"] <= level:
+                assert ideal < bound <= point.predicted["hessian_trace"] * (1 + 1e-9)
+
+
+def test_a_cost_as_the_objective_makes_the_cheapest_point_the_best(client: TestClient, frontier: Frontier) -> None:
+    request = frontier.search.request
+    sought = request | {"optimizer": request["optimizer"] | {"objective": "size_mb"}}
+    cheapest = replace(frontier, search=replace(frontier.search, request=sought)).best
+    fitting = [point for point in frontier.measured if point.fits]
+    assert cheapest is not None
+    assert cheapest.costs["size_bytes"] == min(point.costs["size_bytes"] for point in fitting)
+    assert cheapest != frontier.best
 
 
 def test_standalone_page_needs_nothing_else(client: TestClient, frontier: Frontier) -> None:

@@ -289,6 +289,14 @@ class TestAskAndTell:
         assert trial.values == [0.5, BITS.total(choice)]
         assert set(trial.params.values()) == {"w3a16g32"}
 
+    def test_what_was_told_is_known_in_the_order_in_which_it_was_asked(self) -> None:
+        storage = optuna.storages.InMemoryStorage()
+        asked = Evolution(SPACE, COSTS, [], "avg_bits", seeds=[np.full(6, 1)], seed=0, storage=storage).ask(6)
+        evolution = Evolution(SPACE, COSTS, [], "avg_bits", seeds=[np.full(6, 1)], seed=0, storage=storage)
+        for place in (4, 0, 2):
+            evolution.tell(asked[place], 0.5)
+        assert [choice.tolist() for choice in evolution.told] == [asked[place].tolist() for place in (0, 2, 4)]
+
     def test_a_choice_that_was_never_asked_is_refused(self) -> None:
         evolution = Evolution(SPACE, COSTS, [], "avg_bits", seeds=[np.full(6, 1)], seed=0)
         with pytest.raises(ValueError, match="never asked"):

@@ -309,6 +309,40 @@ def test_native_round_trip(llama):
     assert read.model_dump_json(by_alias=True, indent=2) + "\n" == text
 
 
+def test_native_names_the_parts_of_a_layer(llama):
+    name = "model.layers.3.mlp.down_proj"
+    allocation = {f"{name}[0:48]": "w4a16g64", f"{name}[48:64]": "w8a16"}
+    read = read_native(render("json", exported(inventory_of(llama), allocation)))
+    assert {name: str(scheme) for name, scheme in read.schemes.items()} == allocation
+    assert [(layer.name, layer.rows, layer.columns) for layer in read.layers] == [
+        (f"{name}[0:48]", 48, 128),
+        (f"{name}[48:64]", 16, 128),
+    ]
+    assert name not in read.full_precision
+    assert "model.layers.3.mlp.up_proj" in read.full_precision
+
+
+def test_layers_whose_parts_agree_are_whole_in_every_format(llama):
+    inventory = inventory_of(llama)
+    allocation = varied(inventory, ("w4a16g32", "w8a16"))
+    halves = {
+        layer.part(range(start, start + layer.rows // 2)).name: allocation[layer.name]
+        for layer in inventory.layers
+        if layer.name in allocation
+        for start in (0, layer.rows // 2)
+    }
+    for name in ("json", "vllm"):
+        assert render(name, exported(inventory, halves)) == render(name, exported(inventory, allocation))
+
+
+@pytest.mark.parametrize("name", sorted(set(EXPORTS) - {"json"}))
+def test_no_other_format_takes_parts_of_layers(llama, name):
+    part = "model.layers.3.mlp.down_proj[0:48]"
+    with pytest.raises(ExportRefused, match="several schemes") as caught:
+        render(name, exported(inventory_of(llama), {part: "w4a16g64"}))
+    assert (caught.value.field, caught.value.value, caught.value.accepted) == (part, "w4a16g64", "the formats json")
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [

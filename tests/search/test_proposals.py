@@ -67,7 +67,10 @@ def test_a_candidate_says_what_it_costs_and_what_each_metric_predicts() -> None:
 
 def test_axes_are_the_budgeted_resources() -> None:
     assert axes([]) == ["size_bytes"]
-    assert axes([Bound("avg_bits", "avg_bits", 4), Bound("gbitops", "bitops", 1)]) == ["avg_bits", "bitops"]
+    bounds = [Bound("avg_bits", "avg_bits", 4), Bound("gbitops", "bitops", 1)]
+    assert axes(bounds) == ["avg_bits", "bitops"]
+    assert axes(bounds, "gbitops") == ["bitops", "avg_bits"], "what is sought comes first"
+    assert axes([], "avg_bits") == ["avg_bits"]
 
 
 def candidate(number: int, loss: float | None, bits: float, source: str = "ilp") -> Candidate:

@@ -59,6 +59,49 @@ def test_what_is_not_accepted_is_refused(changes: dict[str, object]) -> None:
         ask(**changes)
 
 
+def test_a_cost_is_sought_only_below_a_limit_on_the_loss() -> None:
+    smallest = ask(budgets={"loss_increase": 0.01}, optimizer={"objective": "size_mb"})
+    assert smallest.optimizer.objective == "size_mb"
+    assert ask().optimizer.objective == "loss"
+    with pytest.raises(InvalidRequest, match="without a limit on the loss") as refused:
+        ask(optimizer={"objective": "size_mb"})
+    assert refused.value.problem()["field"] == "optimizer.objective"
+    assert "budgets.loss_increase" in refused.value.problem()["accepted"]
+
+
 def test_an_unknown_scheme_is_refused_with_the_grammar() -> None:
     with pytest.raises((ValidationError, InvalidRequest), match="not a scheme"):
         ask(space={"schemes": ["int4"]})
+
+
+@pytest.mark.parametrize(
+    ("space", "field", "told"),
+    [
+        ({"granularity": "channels"}, "space.channels", "with granularity 'channels', and only then"),
+        ({"channels": 64}, "space.channels", "with granularity 'channels', and only then"),
+        ({"granularity": "block", "channels": 64}, "space.channels", "with granularity 'channels', and only then"),
+        ({"schemes": ["w4a16", "w8a8"]}, "space.schemes", "w8a8 quantizes activations"),
+        ({"pin": {"*.fc": "w4a8"}}, "space.pin", "w4a8 quantizes activations"),
+    ],
+)
+def test_groups_of_channels_have_a_size_and_schemes_of_weights_alone(
+    space: dict[str, object], field: str, told: str
+) -> None:
+    groups = {} if field == "space.channels" else {"granularity": "channels", "channels": 64}
+    with pytest.raises(InvalidRequest, match=told) as refused:
+        ask(space=groups | space)
+    assert refused.value.field == field
+    assert refused.value.accepted
+    assert ask(space={"granularity": "channels", "channels": 64, "schemes": ["w4a16", "w16a16"]}).space.channels == 64
+
+
+@pytest.mark.parametrize("metric", ["gradient", "lrp"])
+def test_a_metric_of_whole_layers_says_which_metrics_see_groups_of_channels(metric: str) -> None:
+    groups = {"granularity": "channels", "channels": 64}
+    with pytest.raises(InvalidRequest, match=f"{metric} looks at what whole layers give") as refused:
+        ask(space=groups, sensitivity=["fisher", metric])
+    assert (refused.value.field, refused.value.value) == ("sensitivity", metric)
+    others = refused.value.accepted
+    assert {"fisher", "kl", "hessian_trace", "weight_mse", "size"} <= set(others)
+    assert ask(space=groups, sensitivity=others).sensitivity == tuple(others)
+    assert ask(space={"granularity": "block"}, sensitivity=[metric]).sensitivity == (metric,)

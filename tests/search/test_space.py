@@ -1,10 +1,15 @@
 """Units are what a runtime fuses; pins and ignores are obeyed or refused with the reason."""
 
+import time
+
 import numpy as np
 import pytest
 
+from search.cost import cost_tables
 from search.errors import InvalidRequest, UnsupportedModel
 from search.inventory import Inventory, Layer
+from search.limits import costs_and_bounds
+from search.request import Budgets
 from search.scheme import Scheme
 from tests.search.spaces import decoder, space
 
@@ -122,3 +127,96 @@ def test_a_bad_scheme_in_a_pin_is_the_pins_fault() -> None:
     with pytest.raises(InvalidRequest) as refused:
         space(decoder(), pin={"*.down_proj": "w6a6"})
     assert refused.value.field == "space.pin"
+
+
+class TestBlocks:
+    """Granularity `block`: all searched layers of a block are one unit, which has the block's name."""
+
+    @pytest.mark.parametrize("target", ["generic", "vllm"])
+    def test_what_stands_in_no_block_is_a_unit_of_its_own(self, target: str) -> None:
+        found = space(decoder(), target, granularity="block", ignore=())
+        blocks = ["model.layers.0", "model.layers.1"]
+        assert [unit.name for unit in found.units] == [
+            *(["model.embed_tokens"] if target == "generic" else []),
+            *blocks,
+        ]
+        assert [len(unit.layers) for unit in found.units[-2:]] == [7, 7]
+        assert [unit.block for unit in found.units[-2:]] == blocks
+
+    def test_a_block_with_one_searched_layer_keeps_its_name(self) -> None:
+        found = space(decoder(blocks=1), "generic", granularity="block", ignore=("lm_head", "*attn*", "*mlp.[gu]*"))
+        assert [(unit.name, len(unit.layers)) for unit in found.units] == [("model.layers.0", 1)]
+
+    def test_layers_outside_of_blocks_are_tied_as_the_target_has_it(self) -> None:
+        layers = tuple(Layer(f"model.mtp.{leaf}_proj", "linear", 64, 64) for leaf in ("q", "k", "v", "o"))
+        found = space(Inventory("d", "Any", "causal-lm", 0, layers), granularity="block")
+        assert [unit.name for unit in found.units] == ["model.mtp.q_proj+k_proj+v_proj", "model.mtp.o_proj"]
+
+    def test_a_scheme_must_fit_every_layer_of_a_block(self) -> None:
+        with pytest.raises(InvalidRequest, match=r"does not divide the 64 columns of model\.layers\.0\.self_attn"):
+            space(decoder(), granularity="block", schemes=("w4a16g128",))
+
+    def test_a_pin_on_one_of_its_layers_settles_the_block(self) -> None:
+        found = space(decoder(), granularity="block", pin={"*.1.mlp.down_proj": "w8a16g32"})
+        assert found.pinned.tolist() == [False, True]
+
+
+class TestChannels:
+    """Granularity `channels`: groups of output channels of each linear layer are units."""
+
+    def test_layers_are_cut_and_the_last_group_may_be_smaller(self) -> None:
+        found = space(decoder(blocks=1), "generic", granularity="channels", channels=48)
+        shapes = {unit.name.rpartition(".")[2]: unit.layers[0].rows for unit in found.units}
+        assert shapes == {
+            **{"q_proj[0:48]": 48, "q_proj[48:64]": 16, "k_proj": 32, "v_proj": 32},
+            **{"o_proj[0:48]": 48, "o_proj[48:64]": 16},
+            **{f"{leaf}_proj[{start}:{start + 48}]": 48 for leaf in ("gate", "up") for start in (0, 48)},
+            **{f"{leaf}_proj[96:128]": 32 for leaf in ("gate", "up")},
+            **{"down_proj[0:48]": 48, "down_proj[48:64]": 16},
+        }
+        assert all(unit.layers[0].name == unit.name and unit.block == "model.layers.0" for unit in found.units)
+
+    def test_what_is_not_linear_stays_whole(self) -> None:
+        kinds = ("linear", "conv", "embedding", "experts")
+        layers = tuple(Layer(f"model.{kind}", kind, 64, 64) for kind in kinds)
+        found = space(Inventory("d", "Any", "causal-lm", 0, layers), "generic", granularity="channels", channels=32)
+        names = [unit.name for unit in found.units]
+        assert names == ["model.linear[0:32]", "model.linear[32:64]", "model.conv", "model.embedding", "model.experts"]
+
+    def test_costs_of_uniform_choices_are_those_of_whole_layers(self) -> None:
+        model = decoder()
+        whole, cut = (space(model, "generic", **asked) for asked in ({}, {"granularity": "channels", "channels": 24}))
+        for column in range(3):
+            for resource in ("size_bytes", "avg_bits", "bitops"):
+                before, after = (
+                    cost_tables(one, model)[resource].total(np.full(len(one.units), column)) for one in (whole, cut)
+                )
+                assert after == pytest.approx(before, rel=1e-12)
+
+    def test_ignores_pins_and_limits_match_by_the_layers_whole_name(self) -> None:
+        model = decoder()
+        asked = {"granularity": "channels", "channels": 16, "ignore": ("lm_head", "*.q_proj")}
+        found = space(model, "generic", pin={"*.1.mlp.down_proj": "w8a16g32"}, **asked)
+        assert {layer.name.rpartition(".")[2] for layer in found.ignored} == {"embed_tokens", "q_proj"}
+        assert not any("q_proj" in unit.name for unit in found.units)
+        settled = [unit.name for unit, pinned in zip(found.units, found.pinned, strict=True) if pinned]
+        assert settled == [f"model.layers.1.mlp.down_proj[{start}:{start + 16}]" for start in range(0, 64, 16)]
+        limits = Budgets.model_validate({"avg_bits": 6, "limits": {"*.1.mlp.down_proj": {"avg_bits": 5}}})
+        costs, _ = costs_and_bounds(found, model, limits)
+        counted = costs["avg_bits of *.1.mlp.down_proj"].table[:, -1] > 0
+        assert [unit.name for unit, count in zip(found.units, counted, strict=True) if count] == settled
+
+    def test_a_target_that_loads_one_scheme_for_a_layer_refuses(self) -> None:
+        with pytest.raises(InvalidRequest, match="target 'vllm' loads one scheme for all output channels") as refused:
+            space(decoder(), "vllm", granularity="channels", channels=16)
+        assert (refused.value.field, refused.value.value) == ("space.granularity", "channels")
+        assert "generic" in refused.value.accepted
+
+    def test_twenty_thousand_parts_take_about_a_second(self) -> None:
+        layers = tuple(Layer(f"model.layers.{n // 8}.{n % 8}", "linear", 4096, 4096, 4096**2) for n in range(640))
+        model = Inventory("d", "Any", "causal-lm", 640 * 4096**2, layers)
+        began = time.process_time()
+        found = space(model, "generic", granularity="channels", channels=128, pin={"*.0.*": "w8a16g32"})
+        cost_tables(found, model)
+        assert len(found.units) == 20_480
+        assert time.process_time() - began < 2

@@ -35,6 +35,13 @@ def evaluator(loaded: Loader, name: str, quantizer: str = "rtn") -> Evaluator:
     return Evaluator(model, load_data(SMALL, model), quantizer)
 
 
+@pytest.fixture
+def vit_data() -> Data:
+    images = torch.from_numpy(models.digits_arrays()[0][-4:])
+    batch = {"pixel_values": images}
+    return Data([batch], [batch], [batch], "digits")
+
+
 def uniform(evaluator: Evaluator, text: str, kinds: tuple[str, ...] = ("linear", "conv")) -> dict[str, Scheme]:
     scheme = Scheme.parse(text)
     return {
@@ -160,6 +167,89 @@ class TestApply:
         experts = "model.layers.0.mlp.experts"
         losses = [ours.measure({f"{experts}.{leaf}": Scheme(2)})["loss"] for leaf in ("gate_up_proj", "down_proj")]
         assert min(losses) > 0
+
+
+def cut(evaluator: Evaluator, *cycle: Scheme, channels: int = 24) -> dict[str, Scheme]:
+    """Schemes dealt out to groups of the output channels of all linear layers, in turn."""
+    layers = [weighted.layer for weighted in evaluator.layers.values() if weighted.layer.kind == "linear"]
+    parts = [
+        layer.part(range(start, min(start + channels, layer.rows)))
+        for layer in layers
+        for start in range(0, layer.rows, channels)
+    ]
+    return {part.name: cycle[index % len(cycle)] for index, part in enumerate(parts)}
+
+
+class TestPartsOfLayers:
+    """Some output channels of a linear layer, such as `model.head[0:128]`; GPT-2 stores them as columns."""
+
+    @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_bert", "digits_vit"])
+    @pytest.mark.parametrize("quantizer", ["rtn", "mse"])
+    def test_a_layer_is_put_together_from_what_its_parts_would_be_in_whole_layers(
+        self, loaded: Loader, vit_data: Data, name: str, quantizer: str
+    ) -> None:
+        model = loaded(name)
+        ours = Evaluator(model, load_data(SMALL, model) if model.is_text else vit_data, quantizer)
+        before, original = state(ours), output(ours)
+        coarse, fine = Scheme.parse("w3a16g32asym"), Scheme.parse("w6a16")
+        allocation = cut(ours, coarse, FULL_PRECISION, fine)
+        ours.apply(allocation)
+        for text, scheme in allocation.items():
+            part = ours.layers[text]
+            whole = ours.layers[text.partition("[")[0]]
+            rows = part.channels
+            now, alone = whole.matrix(whole.weight)[rows], whole.matrix(ours.weight(whole.layer.name, scheme))[rows]
+            assert torch.equal(now, alone)
+            assert torch.equal(part.matrix(part.weight), alone)
+            error = whole.matrix(ours.rounding(whole.layer.name, scheme))[rows]
+            assert torch.equal(part.matrix(ours.rounding(text, scheme)), error)
+            assert ours.rounding_error(text, scheme) == pytest.approx(float(error.double().square().sum()))
+        assert not torch.equal(output(ours), original)
+        ours.apply({})
+        assert_same(before, state(ours))
+        assert torch.equal(output(ours), original)
+
+    def test_parts_at_one_scheme_are_the_layer_at_that_scheme(self, loaded: Loader) -> None:
+        ours = evaluator(loaded, "tiny_gpt2")
+        parts, whole = cut(ours, W4), dict.fromkeys(cut(ours, W4, channels=1000), W4)
+        ours.apply(parts)
+        found = output(ours)
+        ours.apply({name.partition("[")[0]: scheme for name, scheme in whole.items()})
+        assert torch.equal(output(ours), found)
+        assert ours.measure(parts) == ours.measure({name.partition("[")[0]: W4 for name in whole})
+
+    def test_the_order_of_allocations_does_not_matter(self, loaded: Loader) -> None:
+        ours = evaluator(loaded, "tiny_llama")
+        first, second = cut(ours, W4, FULL_PRECISION), cut(ours, FULL_PRECISION, Scheme(2), channels=40)
+        ours.apply(first)
+        direct = output(ours)
+        for between in (second, uniform(ours, "w2a8"), {}):
+            ours.apply(between)
+            with ours.full_precision():
+                assert ours.measure({})["loss"] == pytest.approx(0, abs=1e-6)
+            ours.apply(first)
+            assert torch.equal(output(ours), direct)
+
+    @pytest.mark.parametrize(
+        ("part", "error", "told"),
+        [
+            ("no.such.layer[0:8]", KeyError, "no.such.layer"),
+            ("model.layers.0.mlp.up_proj[0:10000]", ValueError, "has no part"),
+            ("model.embed_tokens[0:8]", ValueError, "has no part"),
+        ],
+    )
+    def test_a_part_that_is_none_is_refused(self, loaded: Loader, part: str, error: type[Exception], told: str) -> None:
+        ours = evaluator(loaded, "tiny_llama")
+        before = state(ours)
+        with pytest.raises(error, match=told):
+            ours.apply({part: W4})
+        ours.apply({})
+        assert_same(before, state(ours))
+
+    def test_a_part_has_no_input_to_round(self, loaded: Loader) -> None:
+        ours = evaluator(loaded, "tiny_llama")
+        with pytest.raises(ValueError, match="whose one input w8a8 would quantize"):
+            ours.apply({"model.layers.0.mlp.up_proj[0:8]": W8A8})
 
 
 class TestMeasure:

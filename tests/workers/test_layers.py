@@ -13,7 +13,7 @@ from search.inventory import Layer
 from tests import models
 from tests.workers.conftest import Loader
 from workers.calibration import one_item
-from workers.layers import WeightedLayer, enumerate_layers, used_outside
+from workers.layers import Layers, WeightedLayer, enumerate_layers, used_outside
 
 
 def enumerated(model: nn.Module, *inputs: torch.Tensor) -> dict[str, WeightedLayer]:
@@ -171,3 +171,27 @@ def test_a_weight_that_is_used_without_its_layer_is_found() -> None:
     model = Loose()
     layers = enumerate_layers(model, lambda: model(torch.ones(1, 4)))
     assert used_outside(model, layers, lambda: model(torch.ones(1, 4))) == ["loose"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_part_is_some_output_channels_of_a_layer_and_writes_to_no_others(transposed: bool) -> None:
+    weight = torch.randn(3, 7) if transposed else torch.randn(7, 3)
+    layers = Layers({"fc": WeightedLayer(Layer("fc", "linear", 7, 3), nn.Identity(), nn.Parameter(weight), transposed)})
+    whole, part = layers["fc"], layers["fc[2:5]"]
+    rows = whole.matrix(weight)
+    assert torch.equal(part.matrix(part.weight), rows[2:5])
+    assert torch.equal(part.unmatrix(part.matrix(part.weight)), part.weight)
+    changed = part.replaced(weight, part.unmatrix(rows[2:5] + 1))
+    assert torch.equal(whole.matrix(changed)[2:5], rows[2:5] + 1)
+    assert torch.equal(whole.matrix(changed)[[0, 1, 5, 6]], rows[[0, 1, 5, 6]])
+    assert torch.equal(whole.replaced(weight, weight + 1), weight + 1)
+
+
+def test_parts_are_found_by_name_but_not_listed() -> None:
+    linear = WeightedLayer(Layer("fc", "linear", 7, 3), nn.Identity(), nn.Parameter(torch.randn(7, 3)))
+    layers = Layers({"fc": linear})
+    assert layers["fc[0:7]"].layer.rows == 7
+    assert list(layers) == ["fc"]
+    for name in ("fd", "fd[0:2]", "fc[0]"):
+        with pytest.raises(KeyError, match=name.partition("[")[0]):
+            layers[name]

@@ -99,6 +99,23 @@ def test_rounding_twice_is_rounding_once(name: str, matrix: Tensor, scheme: Sche
 
 
 @every_quantizer
+@patient
+@given(matrix=weights(), scheme=schemes, data=st.data())
+def test_some_rows_are_rounded_as_in_the_whole_weight(
+    name: str, matrix: Tensor, scheme: Scheme, data: st.DataObject
+) -> None:
+    """Groups lie within a row: output channels that take a scheme of their own lose what they lose in a whole layer."""
+    start = data.draw(st.integers(0, len(matrix) - 1))
+    rows = slice(start, data.draw(st.integers(start + 1, len(matrix))))
+    whole, part = choose_grid(matrix, scheme, name), choose_grid(matrix[rows], scheme, name)
+    assert torch.equal(part.scale, whole.scale[rows])
+    assert (part.zero_point is None) == (whole.zero_point is None)
+    if part.zero_point is not None and whole.zero_point is not None:
+        assert torch.equal(part.zero_point, whole.zero_point[rows])
+    assert torch.equal(round_to_grid(matrix[rows], part, scheme), round_to_grid(matrix, whole, scheme)[rows])
+
+
+@every_quantizer
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
 @patient
 @given(matrix=weights(-3, 2), scheme=schemes)

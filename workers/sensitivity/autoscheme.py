@@ -61,7 +61,7 @@ def _scores(evaluator: Evaluator, item: Item) -> Result:
     scores: dict[str, list[list[float]]] = {name: [] for name in item["layers"]}
 
     def visit_weight(name: str, gradient: Tensor) -> None:
-        change = evaluator.weight(name, scheme) - evaluator.layers[name].parameter.detach()
+        change = evaluator.weight(name, scheme) - evaluator.layers[name].weight
         scores[name][-1][0] += _absolute_sum(gradient, change)
 
     def visit_input(name: str, gradient: Tensor, change: Tensor) -> None:

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from search.inventory import by_whole
 from workers.calibration import Batch, sample_count
 from workers.evaluator import Evaluator
 from workers.hooks import removing
+from workers.layers import WeightedLayer
 
 LARGE = 2**28
 """Models with more bytes of parameters than this are differentiated one sample at a time, and their blocks'
 activations are computed again when the backward pass reaches them."""
 
 OnWeight = Callable[[str, Tensor], None]
-"""(layer, gradient shaped as the parameter), once a backward pass, summed over all uses of the weight."""
+"""(layer or part, gradient shaped as its weight), once a backward pass, summed over all uses of the weight."""
 
 OnUse = Callable[[str, Tensor, Tensor], None]
 """(layer, its input, gradient of the input or the output), once for each use of the layer."""
@@ -37,16 +39,18 @@ def visiting(
     """Within, a backward pass through the model calls `weight` with the gradient of each of `layers`' weights,
     `entered` with that of its input through this layer alone, `left` with that of its output.
 
-    Fused experts have no input and output of their own: of them only the weight is visited.
+    Fused experts have no input and output of their own: of them only the weight is visited. Of parts of layers, too,
+    `weight` is called for each, and the others with the whole layer.
     """
     with ExitStack() as stack:
-        for name in layers:
-            layer = evaluator.layers[name]
+        for whole, names in by_whole(layers).items():
+            layer = evaluator.layers[whole]
             if weight is not None:
-                stack.enter_context(_weight_visited(layer.parameter, name, weight))
-            if layer.layer.kind != "experts":
-                for module in evaluator.modules(name):
-                    stack.enter_context(_uses_visited(module, name, entered, left))
+                visit = partial(_each_visited, [evaluator.layers[name] for name in names], weight)
+                stack.enter_context(_weight_visited(layer.parameter, visit))
+            if layer.layer.kind != "experts" and (entered or left):
+                for module in evaluator.modules(whole):
+                    stack.enter_context(_uses_visited(module, whole, entered, left))
         stack.enter_context(recomputing(evaluator))
         yield
 
@@ -89,12 +93,17 @@ def is_large(evaluator: Evaluator) -> bool:
     return sum(p.numel() * p.element_size() for p in evaluator.loaded.model.parameters()) > LARGE
 
 
+def _each_visited(layers: list[WeightedLayer], visit: OnWeight, gradient: Tensor) -> None:
+    for layer in layers:
+        visit(layer.layer.name, layer.of(gradient))
+
+
 @contextmanager
-def _weight_visited(parameter: nn.Parameter, name: str, visit: OnWeight) -> Iterator[None]:
+def _weight_visited(parameter: nn.Parameter, visit: Callable[[Tensor], None]) -> Iterator[None]:
     def take(leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
         if gradient is not None:
-            visit(name, gradient)
+            visit(gradient)
 
     parameter.requires_grad_(True)
     hook = parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]

@@ -224,7 +224,7 @@ def _probe(piece: Piece) -> None:
 
     with (
         torch.enable_grad(),
-        visiting(evaluator, piece.item["layers"], weight=lambda name, gradient: piece.add((name, None), gradient)),
+        visiting(evaluator, piece.layers, weight=lambda name, gradient: piece.add((name, None), gradient)),
         entering(evaluator, piece.item["inputs"], watch),
     ):
         output = evaluator.loaded(piece.batch)

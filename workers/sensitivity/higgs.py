@@ -92,8 +92,8 @@ def slope(levels: Tensor, losses: Tensor) -> tuple[float, float]:
 @torch.no_grad()
 def _responses(evaluator: Evaluator, item: Item) -> Result:
     evaluator.apply({})
-    before = blocks_before(evaluator)
-    layers = sorted(item["layers"], key=lambda name: before[name])
+    before = blocks_before(evaluator, item["layers"])
+    layers = sorted(item["layers"], key=before.__getitem__)
     found = {name: _Response(evaluator, name, item) for name in layers}
     for index in range(len(evaluator.batches("calibration"))):
         walk = Walk(evaluator, index)
@@ -133,7 +133,7 @@ class _Response:
         return {
             **{part: slope(levels, measured) for part, measured in parts.items()},
             "relative": {str(width): float(torch.stack(found).mean()) for width, found in self._errors.items()},
-            "square": float(self._evaluator.layers[self._name].parameter.double().square().sum()),
+            "square": float(self._evaluator.layers[self._name].weight.double().square().sum()),
         }
 
     def _noise(self, key: str, like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from search.inventory import by_whole, whole_and_channels
 from workers.calibration import Batch, sample_count
 from workers.evaluator import Evaluator, kept_tokens, token_dims
 from workers.hooks import removing
@@ -37,7 +38,7 @@ OnInput = Callable[[Place, Tensor], Tensor]
 class Piece:
     """Some samples of a batch that are probed together, and what was found of them.
 
-    `seed` is the probe under way.
+    `seed` is the probe under way. `layers` are probed whole: what is found of each output channel tells of their parts.
     """
 
     def __init__(self, evaluator: Evaluator, item: Item, start: int, batch: Batch) -> None:
@@ -46,14 +47,16 @@ class Piece:
         self.batch = batch
         self.samples = sample_count(batch)
         self.seed = 0
+        self.layers = list(by_whole(item["layers"]))
         self._origin = (item["batch"], start)
         self._signs: dict[tuple[int, Place], Tensor] = {}
         self._averages: dict[tuple[int, Place], Tensor] = {}
+        self._by_channel: dict[tuple[int, str], Tensor] = {}
         self._rounding: dict[Place, dict[int, float]] = {}
 
     def weights(self) -> dict[str, Tensor]:
         """The layers' weights, by layer, as tensors apart from the model's."""
-        return {name: self.evaluator.layers[name].parameter.detach() for name in self.item["layers"]}
+        return {name: self.evaluator.layers[name].parameter.detach() for name in self.layers}
 
     def signs(self, place: Place, like: Tensor) -> Tensor:
         """The probe's v of a place, shaped as `like`; kept in a byte per element."""
@@ -67,8 +70,13 @@ class Piece:
 
     def add(self, place: Place, product: Tensor) -> None:
         """Note v·(Hv)/n of a place, `product` being its part of Hv; padding, which has none, does not count in n."""
+        name, use = place
         signed = self.signs(place, product).mul_(product)
-        kept = kept_tokens(self.batch, product) if place[1] is not None else None
+        if use is None:
+            by_channel = self.evaluator.layers[name].matrix(signed)
+            self._by_channel[self.seed, name] = by_channel.mean(dim=1, dtype=torch.float64)
+            return
+        kept = kept_tokens(self.batch, product)
         count = product.numel() if kept is None else float(kept.sum()) * product.numel() / kept.numel()
         self._averages[self.seed, place] = signed.sum(dtype=torch.float64) / max(count, 1)
 
@@ -92,6 +100,10 @@ class Piece:
         def average(seed: int, place: Place) -> float:
             return float(self._averages.get((seed, place), 0.0))
 
+        def of_weight(seed: int, name: str) -> float:
+            found = self._by_channel.get((seed, whole_and_channels(name)[0]))
+            return 0.0 if found is None else float(found[self.evaluator.layers[name].channels].mean())
+
         def rounded(seed: int, name: str, width: int) -> float:
             return sum(average(seed, place) * self._rounding[place][width] / 2 for place in uses[name])
 
@@ -100,7 +112,7 @@ class Piece:
 
         seeds, layers, inputs = self.item["seeds"], self.item["layers"], self.item["inputs"]
         found = {
-            "weight": [[average(seed, (name, None)) for name in layers] for seed in seeds],
+            "weight": [[of_weight(seed, name) for name in layers] for seed in seeds],
             "input": [[of_input(seed, name) for name in inputs] for seed in seeds],
         }
         for width in self.item["activation_bits"]:

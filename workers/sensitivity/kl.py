@@ -61,7 +61,7 @@ def _measured(unit: Unit, row: int, space: Space) -> Item:
 @torch.no_grad()
 def _divergence(evaluator: Evaluator, item: Item) -> Result:
     evaluator.apply({})
-    before = blocks_before(evaluator)
+    before = blocks_before(evaluator, [layer for unit in item["units"] for layer in unit["layers"]])
     starts = {unit["name"]: min(before[layer] for layer in unit["layers"]) for unit in item["units"]}
     units = sorted(item["units"], key=lambda unit: starts[unit["name"]])
     losses: dict[tuple[str, str], list[Tensor]] = {}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from search.inventory import by_whole
 from search.scheme import Scheme
 from workers.evaluator import Evaluator, rounds_input, token_dims
 from workers.hooks import removing
@@ -17,14 +18,14 @@ from workers.quantizers.activation import round_activation
 from workers.sensitivity.backward import recomputing
 
 OnWeight = Callable[[str, Tensor], None]
-"""(layer, gradient at the point, shaped as the parameter), for each use of the weight."""
+"""(layer or part, gradient at the point, shaped as its weight), for each use of the weight."""
 
 OnInput = Callable[[str, Tensor, Tensor], None]
 """(layer, gradient at the point, Q(x) − x), both shaped as the layer's input, for each use of the layer."""
 
 
 class Path:
-    """Some layers on their way from full precision (t = 0) to a scheme (t = 1); all others stay where they are.
+    """Some layers, or parts of them, on their way from full precision (t = 0) to a scheme (t = 1); all else stays.
 
     A layer's weight at `t` is made when its module runs, and lives for as long as a backward pass needs it. Between
     passes t may be set to any number. The evaluator stays at full precision.
@@ -34,7 +35,7 @@ class Path:
         self.t = 0.0
         self.scheme = scheme
         self._evaluator = evaluator
-        self._layers = {name: evaluator.layers[name] for name in layers}
+        self._movers = by_whole(layers)
 
     @contextmanager
     def walked(self, weight: OnWeight, activation: OnInput) -> Iterator[None]:
@@ -46,27 +47,31 @@ class Path:
         # Points on the path are computed, not leaves: this is what autograd follows them back to.
         anchor = torch.zeros((), device=self._evaluator.loaded.device, requires_grad=True)
         with ExitStack() as stack:
-            for name in self._layers:
+            for name in self._movers:
                 for module in self._evaluator.modules(name):
                     stack.enter_context(self._moved(name, module, anchor, weight, activation))
             stack.enter_context(recomputing(self._evaluator))
             yield
 
     def _point(self, name: str) -> Tensor:
-        far = self._evaluator.weight(name, self.scheme)
-        return far.lerp_(self._layers[name].parameter.detach(), 1 - self.t)
+        far = self._evaluator.assembled(name, dict.fromkeys(self._movers[name], self.scheme))
+        return far.lerp_(self._evaluator.layers[name].weight, 1 - self.t)
+
+    def _visit(self, name: str, weight: OnWeight, gradient: Tensor) -> None:
+        for mover in self._movers[name]:
+            weight(mover, self._evaluator.layers[mover].of(gradient))
 
     @contextmanager
     def _moved(
         self, name: str, module: nn.Module, anchor: Tensor, weight: OnWeight, activation: OnInput
     ) -> Iterator[None]:
-        layer = self._layers[name]
+        layer = self._evaluator.layers[name]
         attribute = name.rpartition(".")[2] if layer.layer.kind == "experts" else "weight"
         moves_input = self.scheme.quantizes_activations and rounds_input(module)
 
         def enter(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             # An attribute of the instance is found before the parameter of that name.
-            point, visit = partial(self._point, name), partial(weight, name)
+            point, visit = partial(self._point, name), partial(self._visit, name, weight)
             vars(module)[attribute] = _Weight.apply(anchor, point, visit)  # type: ignore[no-untyped-call]
             if not moves_input:
                 return None

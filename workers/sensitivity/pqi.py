@@ -144,7 +144,7 @@ class _Integral:
     `shards` say of how many samples.
     """
 
-    layers: tuple[str, ...]
+    layers: dict[str, int]
     nodes: int
     losses: Array
     pieces: Array
@@ -157,7 +157,7 @@ class _Integral:
     @classmethod
     def of(cls, way: _Way, items: Sequence[Item], results: Sequence[Result]) -> _Integral:
         return cls(
-            way.layers,
+            {name: column for column, name in enumerate(way.layers)},
             items[0]["nodes"],
             np.concatenate([result["losses"] for result in results]),
             np.array([stop - start for item in items for start, stop in item["samples"]], dtype=float),
@@ -209,7 +209,7 @@ class _Integral:
         return self._entry(unit, self.absolute_weight, self.absolute_activation, self.shards)
 
     def _entry(self, unit: Unit, weights: Array, activations: Array, sizes: Array) -> Entry:
-        columns = [self.layers.index(layer.name) for layer in unit.layers]
+        columns = [self.layers[layer.name] for layer in unit.layers]
         weight, activation = weights[:, columns].sum(axis=1), activations[:, columns].sum(axis=1)
         mean_weight, mean_activation = (float(np.average(part, weights=sizes)) for part in (weight, activation))
         return Entry(mean_weight, mean_activation, jackknife(weight + activation, sizes))
@@ -344,13 +344,12 @@ class _Walk:
         self._evaluator = evaluator
         self._item = item
         self._path = Path(evaluator, item["layers"], Scheme.parse(item["scheme"]))
-        parameters = [evaluator.layers[name].parameter for name in item["layers"]]
+        weights = [evaluator.layers[name].weight for name in item["layers"]]
         # One piece of memory, taken when it is first written to: many of them would leave holes between them.
-        sizes = [parameter.numel() for parameter in parameters]
+        sizes = [weight.numel() for weight in weights]
         parts = torch.zeros(sum(sizes), device=evaluator.loaded.device).split(sizes)  # type: ignore[no-untyped-call]
         self._gradients = {
-            name: part.view(parameter.shape)
-            for name, part, parameter in zip(item["layers"], parts, parameters, strict=True)
+            name: part.view(weight.shape) for name, part, weight in zip(item["layers"], parts, weights, strict=True)
         }
         self._features = {name: torch.zeros(1, device=evaluator.loaded.device) for name in item["layers"]}
         self._width = 0.0

@@ -189,7 +189,7 @@ class _Fisher:
     def __init__(self, evaluator: Evaluator, item: Item, sizes: Sequence[int]) -> None:
         self._evaluator, self._item, self._sizes = evaluator, item, sizes
         # In one piece, which is given back whole: small ones would leave gaps between gradients that come and go.
-        shapes = {name: evaluator.layers[name].parameter.shape for name in item["weights"]}
+        shapes = {name: evaluator.layers[name].weight.shape for name in item["weights"]}
         lengths = [shape.numel() for shape in shapes.values()]
         pieces = torch.split(torch.zeros(sum(lengths), device=evaluator.loaded.device), lengths)
         self._squares = {name: piece.view(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
@@ -223,7 +223,7 @@ class _GaussNewton:
         self._weights = _zeros(item["weights"], len(sizes))
         self._inputs = _zeros(item["inputs"], len(sizes), "a")
         self._waiting: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in item["weights"]}
-        floats = sum(evaluator.layers[name].parameter.numel() for name in item["weights"])
+        floats = sum(evaluator.layers[name].weight.numel() for name in item["weights"])
         self._most = max(1, LARGE // max(4 * floats, 1))
 
     def weight(self, at: int, name: str, gradient: Tensor, scale: float) -> None:

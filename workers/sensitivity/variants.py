@@ -7,7 +7,7 @@ meets its own variant, everywhere else they are one batch. Exact but for the ord
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from search.inventory import by_whole, whole_and_channels
 from search.space import Unit
 from workers.calibration import Batch, Split, sample_count
 from workers.evaluator import Evaluator, rounds_input
@@ -37,15 +38,15 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What becomes of layers' weights, by name and shaped as their parameters, and of the inputs of the modules that
-    hold them; layers without an entry stay as they are. Asked for when a layer runs, so that no copy is kept."""
+    """What becomes of the weights of layers and parts, by name, and of the inputs of the modules that hold them; what
+    has no entry stays as it is. Asked for when a layer runs, so that no copy is kept."""
 
     weights: Mapping[str, Change] = field(default_factory=dict)
     inputs: Mapping[str, Change] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[str]:
-        """The layers that vary."""
+        """The layers and parts that vary."""
         return list({**self.weights, **self.inputs})
 
 
@@ -118,7 +119,7 @@ class Walk:
         if self._outputs is None:
             self._outputs = self._outputs_of_block()
         order = list(self._evaluator.layers)
-        first = min(map(order.index, varied), default=0)
+        first = min(map(order.index, by_whole(varied)), default=0)
         return {name: output for name, output in self._outputs.items() if order.index(name) < first}
 
     def _outputs_of_block(self) -> dict[str, Tensor]:
@@ -152,8 +153,8 @@ class Walk:
         return chain.resumed(self._block, _repeated(self._before, count))
 
 
-def blocks_before(evaluator: Evaluator) -> dict[str, int]:
-    """Layer → how many blocks have run when it first runs; 0 where there is no chain of blocks."""
+def blocks_before(evaluator: Evaluator, layers: Iterable[str]) -> dict[str, int]:
+    """Layer or part → how many blocks have run when it first runs; 0 where there is no chain of blocks."""
     names = evaluator.chain.names if evaluator.chain else []
     found: dict[str, int] = {}
     behind = 0
@@ -165,7 +166,7 @@ def blocks_before(evaluator: Evaluator) -> dict[str, int]:
             behind = max(behind, found[name] + 1)
         else:
             found[name] = behind
-    return found
+    return {name: found[whole_and_channels(name)[0]] for name in layers}
 
 
 def stretches(units: Sequence[Unit], measurements: Sequence[int]) -> list[list[int]]:
@@ -245,7 +246,8 @@ class _Stack:
         try:
             for name, layer in layers.items():
                 if name in variant.weights:
-                    layer.parameter.data = variant.weights[name](kept[name])
+                    changed = variant.weights[name](layer.of(kept[name]))
+                    layer.parameter.data = layer.replaced(layer.parameter.data, changed)
                 if name in variant.inputs and rounds_input(module):
                     x = variant.inputs[name](x)
             return forward(x, *args, **kwargs)

@@ -1,0 +1,172 @@
+"""One study at one seed: tables, exact frontier, refinement, acceptance, and what everything loses on held-out data."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.budgets.studies import Study
+from benchmarks.proxies.measuring import CACHE, fill, remembering
+from benchmarks.rivals.rivals import BUDGETS, STUDIES, allocate, calibration_inputs
+from search.acceptance import accepted, finalists
+from search.allocation import layer_schemes
+from search.budget import TOLERANCE, Bound
+from search.cost import cost_tables
+from search.proposals import baselines
+from search.refinement import Refinement, Trial, first
+from search.space import Space
+from search.surrogate import Features
+from search.sweep import Choice, Sweep
+from workers.calibration import Split, sample_count
+from workers.evaluator import Evaluator
+from workers.tasks import content_key
+
+METRIC = "fisher"
+
+Floats = NDArray[np.float64]
+
+
+@dataclass
+class Found:
+    """What came out: method → budget (mean bits of a code) → the losses of the held-out samples, and the seconds of
+    each method; the trials of the refinement, with the average bits of each and whether it was accepted."""
+
+    study: Study
+    seed: int
+    losses: dict[str, dict[float, Floats]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    evaluations: float = 0.0
+    trials: list[tuple[Trial, float]] = field(default_factory=list)
+    predicted: dict[float, float] = field(default_factory=dict)
+
+
+class Case:
+    """An evaluator of a study at a seed that measures nothing twice, not even in another run."""
+
+    def __init__(self, study: Study, seed: int) -> None:
+        self.study, self.seed = study, seed
+        self.evaluator: Evaluator = study.build(seed)
+        self.space: Space = study.space(self.evaluator)
+        self.sizes = list(map(sample_count, self.evaluator.batches("calibration")))
+        self.spent: dict[str, float] = {}
+        digest = content_key([self.evaluator.loaded.digest, self.evaluator.data.digest, list(study.schemes)])
+        self._file = CACHE / "budgets" / f"{study.name}-{seed}-{digest[:16]}.jsonl"
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        self._known = {line["key"]: line for line in map(json.loads, lines)}
+
+    def samples(self, choice: Choice, split: Split, batches: range | None = None) -> Floats:
+        """The losses of a choice on a split, or on some of its batches."""
+        part = [batches.start, batches.stop] if batches else None
+        key = content_key([choice.tolist(), split, part])
+        if key not in self._known:
+            began = time.perf_counter()
+            allocation = layer_schemes(self.space, choice)
+            losses = self.evaluator.measure_samples(allocation, split, batches)["loss"]
+            self._keep({"key": key, "losses": losses, "seconds": time.perf_counter() - began})
+        self._spend(split, self._known[key]["seconds"])
+        return np.array(self._known[key]["losses"])
+
+    def table(self) -> Floats:
+        """The metric's, and its seconds on an evaluator that had computed nothing."""
+        key = content_key(["table", METRIC])
+        if key not in self._known:
+            began = time.perf_counter()
+            table = fill(METRIC, self.evaluator, self.space)
+            self._keep({"key": key, "values": table.to_json()["values"], "seconds": time.perf_counter() - began})
+        self._spend("table", self._known[key]["seconds"])
+        values: Floats = np.array(self._known[key]["values"], dtype=float)
+        return values
+
+    def measure(self, choices: Sequence[Choice], batches: range) -> list[Floats]:
+        """Of the calibration split: `search.racing.Measure`."""
+        return [self.samples(choice, "calibration", batches) for choice in choices]
+
+    def _keep(self, line: dict[str, object]) -> None:
+        self._known[str(line["key"])] = line
+        with self._file.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def _spend(self, name: str, seconds: float) -> None:
+        self.spent[name] = self.spent.get(name, 0.0) + seconds
+
+
+def run(study: Study, seed: int) -> Found:
+    """All methods at all budgets."""
+    case, found = Case(study, seed), Found(study, seed)
+    space = case.space
+    cost = cost_tables(space, case.evaluator.inventory)["avg_bits"]
+    uniform = list(baselines(space).values())
+    # Scales cost the same whatever the codes.
+    scales = cost.total(uniform[0]) - space.schemes[0].weight_bits
+    limits = np.array(BUDGETS[::-1]) + scales
+    sweep = Sweep({"avg_bits": cost}, [Bound("avg_bits", "avg_bits", float(limits[0]))], "avg_bits", limits)
+
+    def report(method: str, choices: dict[float, Choice]) -> None:
+        found.losses[method] = {}
+        for budget, choice in choices.items():
+            assert cost.total(choice) <= (budget + scales) * (1 + 1e-6), (method, budget)
+            found.losses[method][budget] = case.samples(choice, "held_out")
+
+    table = case.table()
+    began = time.perf_counter()
+    exact = {budget: sweep.frontier(table, np.array([budget + scales]), prove=True)[0] for budget in BUDGETS}
+    found.seconds["unrefined"] = case.spent["table"] + time.perf_counter() - began
+
+    with remembering(case.evaluator):
+        report("uniform", {round(cost.total(one) - scales, 3): one for one in uniform})
+        report("unrefined", exact)
+        found.predicted = {
+            budget: float(table[np.arange(len(choice)), choice].sum()) for budget, choice in exact.items()
+        }
+        began, before = time.perf_counter(), dict(case.spent)
+        measured = sum(case.spent.values())
+        loop = Refinement(sweep, Features.of(space, {METRIC: table}), case.measure, case.sizes, study.evaluations, seed)
+        refine(loop, uniform)
+        # Fitting takes its time now, measuring took it when it was measured.
+        fitting = time.perf_counter() - began - (sum(case.spent.values()) - measured)
+        chosen = choose(case, sweep, loop.trials)
+        told = {name: case.spent[name] - before.get(name, 0.0) for name in ("calibration", "acceptance")}
+        found.seconds["refined"] = found.seconds["unrefined"] + sum(told.values()) + max(0.0, fitting)
+        found.evaluations = loop.spent
+        found.trials = [(trial, cost.total(trial.choice) - scales) for trial in loop.trials]
+        report("refined", dict(zip(BUDGETS[::-1], chosen, strict=True)))
+        for rival in ("modelopt", "autoround"):
+            if study.name in STUDIES[rival]:
+                theirs = allocate(rival, study.name, calibration_inputs(case.evaluator))
+                report(rival, {budget: _choice(space, of) for budget, of in theirs.budgets.items()})
+                found.seconds[rival] = theirs.seconds["whole run for one budget"]
+    return found
+
+
+def refine(loop: Refinement, uniform: list[Choice]) -> None:
+    """As `workers.pipeline` does: baselines, predicted frontier, draws, rounds."""
+    loop.whole(uniform, "uniform")
+    predicted, drawn = first(loop.left)
+    frontier = loop.sweep.frontier(loop.surrogate().table)
+    loop.whole(frontier[:predicted], "ilp")
+    loop.whole(loop.drawn(drawn), "refined")
+    for trials in loop.rounds():
+        print(f"  {loop.spent:.1f} evaluations, gain {loop.gain:.2g}, {len(trials)} more", flush=True)
+
+
+def choose(case: Case, sweep: Sweep, trials: list[Trial]) -> list[Choice]:
+    """Of every level the accepted configuration that loses least on the acceptance split."""
+    choices, tiers = [trial.choice for trial in trials], [trial.tier for trial in trials]
+    chosen = finalists(sweep, choices, np.array([trial.loss for trial in trials]), tiers)
+    losses = np.array([case.samples(choices[index], "acceptance") for index in chosen])
+    totals = sweep.totals([choices[index] for index in chosen])
+    stands = accepted(losses, totals[:, None], [tiers[index] for index in chosen])
+    means = np.where(stands, losses.mean(axis=1), np.inf)
+    within = [np.where(totals <= level * (1 + TOLERANCE), means, np.inf) for level in sweep.levels]
+    return [choices[chosen[int(one.argmin())]] for one in within]
+
+
+def _choice(space: Space, bits: dict[str, int]) -> Choice:
+    columns = {scheme.weight_bits: column for column, scheme in enumerate(space.schemes)}
+    return np.array([columns[bits[unit.layers[0].name]] for unit in space.units], dtype=np.int64)
