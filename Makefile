@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --co
 DEMO_MODEL := all-minilm-l6-v2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check bench-optimizers bench-hessian bench-kl bench-minilm bench-pqi bench-smollm2 bench-proxies bench-modelopt clean
+.PHONY: help demo up test check bench-search bench-optimizers bench-digits bench-budgets bench-hessian bench-kl bench-minilm bench-pqi bench-smollm2 bench-proxies bench-modelopt clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,8 +27,17 @@ check: $(VENV)/.dev ## Lint, format, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench-search: bench-optimizers bench-digits bench-budgets ## The three benchmarks of the search (takes 2 hours)
+
 bench-optimizers: $(VENV)/.dev ## Compare the integer program with CBC, HiGHS and CP-SAT (takes 15 minutes)
 	$(BIN)/python -m benchmarks.optimizers
+
+bench-digits: $(VENV)/.dev ## Evaluations to find the frontier of an enumerated space (takes 5 minutes)
+	$(BIN)/python -m benchmarks.digits
+
+bench-budgets: $(VENV)/.dev .venv-modelopt/.done .venv-autoround/.done ## Held-out loss at every budget against ModelOpt and AutoRound (fetches 93 MB, takes 90 minutes)
+	$(BIN)/python scripts/fetch_models.py
+	$(BIN)/python -m benchmarks.budgets
 
 bench-kl: $(VENV)/.dev ## Time measured divergences with and without reuse (fetches 93 MB, takes 5 minutes)
 	$(BIN)/python scripts/fetch_models.py
