@@ -117,8 +117,9 @@ class Point(_Document):
     """What all measurements before its own let expect of the held-out loss: `loss`, and the ends `low` and `high` of
     its 90 % interval."""
     shadow_prices: dict[str, float]
-    """What share of its predicted loss one more unit of each bounded resource would save, at its own costs; of the
-    points of the frontier, once the search has ended."""
+    """By how much the logarithm of the predicted loss falls for one more unit of each bounded resource (a byte, a bit,
+    a bit operation), at the point's own costs: dx more save a share 1 − exp(−price·dx). Of the points of the frontier,
+    once the search has ended."""
     allocation: dict[str, str]
     """Layer → scheme."""
     page: str

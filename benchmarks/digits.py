@@ -113,7 +113,7 @@ def loop(metrics: tuple[str, ...], evaluations: int = CHECKPOINTS[-4]) -> Measur
         predicted, drawn = first(search.left)
         frontier = search.sweep.frontier(search.surrogate().table)
         search.whole([frontier[round(at)] for at in np.linspace(0, len(frontier) - 1, predicted)], "ilp")
-        search.whole(search.drawn(drawn), "refined")
+        search.whole(search.drawn(drawn), "ilp")
         for _ in search.rounds():
             pass
         return [trial.choice for trial in search.trials], passes

@@ -23,8 +23,8 @@ class Candidate:
     and `perplexity` or `accuracy` where they exist; while the search runs, `loss` is the calibration loss.
 
     `fits` says whether every budget holds; `on_frontier` whether it fits and no other fitting candidate dominates it.
-    `shadow_prices` says, of each bounded resource, how much of the predicted loss one more unit of it would save, as a
-    share of that loss.
+    `shadow_prices` says, of each bounded resource in its own units, by how much the logarithm of the predicted loss
+    falls for one more unit of it: dx more save a share 1 − exp(−price·dx) of the loss.
     """
 
     number: int

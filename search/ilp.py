@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from search import knapsack, program
-from search.budget import Bound
+from search.budget import TOLERANCE, Bound
 from search.cost import Cost, Resource, proportion
 from search.knapsack import GAP, Solution, open_choices
 from search.switches import Floats
@@ -114,7 +114,9 @@ def _distinct(costs: Mapping[Resource, Cost], bounds: Iterable[Bound]) -> list[B
         for place, first in enumerate(kept):
             ratio = proportion(costs[bound.resource], costs[first.resource])
             if ratio is not None:
-                limit = (bound.limit - costs[bound.resource].constant) * ratio + costs[first.resource].constant
+                # By what they leave: the tolerance is relative to limits, which may count much that is not searched.
+                left = bound.capacity(costs[bound.resource]) * ratio + costs[first.resource].constant
+                limit = left / (1 + float(np.copysign(TOLERANCE / 2, left)))
                 kept[place] = replace(first, limit=min(limit, first.limit))
                 break
         else:

@@ -29,6 +29,9 @@ FEW_DRAWS = 4
 FEW_LEVELS = 8
 """The same, and at how many levels, under several budgets: a program of each takes a hundred times as long."""
 
+LOSSLESS = 1e-3
+"""Of the least loss that is not 0: what counts for a loss of 0."""
+
 MARGIN = 0.25
 """How far the corner lies beyond the budget, relative to the costs that are swept."""
 
@@ -40,6 +43,9 @@ class Measured:
     costs: Floats
     logs: Floats
     corner: tuple[float, float]
+    height: float = 0.0
+    """What the cheapest one within the corner adds to the area, for every unit of cost that it lies below it: a loss
+    that is allowed has its point in question, as a budget has."""
 
     @property
     def frontier(self) -> NDArray[np.int64]:
@@ -64,11 +70,14 @@ class Measured:
         z = (levels - means[:, None]) / deviations
         density = np.exp(-(z**2) / 2) / sqrt(2 * np.pi)
         gains: Floats = (widths * deviations * (z * _normal_cdf(z) + density)).sum(axis=1)
+        cheapest = self.costs[frontier].min(initial=self.corner[0])
+        fits = _normal_cdf((self.corner[1] - means) / deviations[:, 0])
+        gains += self.height * fits * (cheapest - costs).clip(min=0)
         return gains
 
     def and_one(self, cost: float, log: float) -> Measured:
         """These and one more."""
-        return Measured(np.append(self.costs, cost), np.append(self.logs, log), self.corner)
+        return Measured(np.append(self.costs, cost), np.append(self.logs, log), self.corner, self.height)
 
 
 def propose(
@@ -87,10 +96,13 @@ def propose(
     loss above `most_loss` is worth nothing. Each choice is taken as if those before it had given what is expected of
     them.
     """
-    told = np.asarray(losses) > 0
-    choices, logs = choices[told], np.log(losses[told])
-    measured = Measured(sweep.totals(choices), logs, _corner(sweep, logs, most_loss))
-    seen = {choice.tobytes() for choice in choices}
+    seen, told = {choice.tobytes() for choice in choices}, np.asarray(losses) > 0
+    if not told.any():
+        return [], 0.0
+    # What loses nothing cannot be bettered, and has no logarithm: far below everything else stands for it.
+    logs = np.log(np.where(told, losses, losses[told].min() * LOSSLESS))
+    height = MARGIN * float(np.ptp(logs)) if np.isfinite(most_loss) and len(logs) else 0.0
+    measured = Measured(sweep.totals(choices), logs, _corner(sweep, logs, most_loss), height)
     candidates = {
         choice.tobytes(): choice
         for choice in _candidates(surrogate, sweep, choices[measured.frontier], generator)
@@ -105,7 +117,7 @@ def propose(
     for _ in range(min(count, len(pool))):
         gains = measured.gain(costs, means, deviations)
         best = int(gains.argmax())
-        if gains[best] <= 0:
+        if not gains[best] > 0:
             break
         first = first or float(gains[best]) / max(covered, float(gains[best]))
         found.append(pool[best])

@@ -139,7 +139,8 @@ def relax(loss: Floats, cost: Floats) -> Relaxation:
         units[order],
         schemes[order],
         cost[rows, start].sum() + np.concatenate([[0.0], np.cumsum(extra[order])]),
-        loss[rows, start].sum() - np.concatenate([[0.0], np.cumsum(saved[order])]),
+        # Summed up from the least: a great loss at the start must not swallow the small ones at the end.
+        loss[rows, now].sum() + np.append(np.cumsum(saved[order][::-1])[::-1], 0.0),
     )
 
 
@@ -196,7 +197,8 @@ def _improved(known: Solution, loss: Floats, cost: Floats, capacity: float, pric
     """
     assert known.choice is not None
     rows, bound = np.arange(len(loss)), known.bound
-    reduced = loss + price * np.where(np.isfinite(cost), cost, np.inf)
+    open_ = np.isfinite(loss) & np.isfinite(cost)
+    reduced = np.where(open_, loss + price * np.where(open_, cost, 0.0), np.inf)
     base = reduced.argmin(axis=1)
     reduced = reduced - reduced[rows, base][:, None]
     tolerance = gap * min(abs(bound), abs(known.objective))

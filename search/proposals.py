@@ -83,7 +83,10 @@ def judge(
         [
             candidate.loss is not None
             and all(bound.admits(candidate.costs[bound.resource]) for bound in bounds)
-            and (loss_increase is None or candidate.loss <= loss_increase)
+            and (
+                loss_increase is None
+                or max(candidate.loss, candidate.metrics.get("acceptance_loss", 0.0)) <= loss_increase
+            )
             for candidate in candidates
         ],
         dtype=bool,

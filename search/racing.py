@@ -26,6 +26,9 @@ SHARES = (0.25, 0.5)
 FEWEST = 4
 """Samples from which a difference may be told."""
 
+LEAST = 0.01
+"""Of the rival's mean: where it lost less than this on the samples that were measured, its ratio says nothing."""
+
 BEATEN = 3.0
 """Standard errors by which a mean difference is lost."""
 
@@ -79,4 +82,7 @@ def _beaten(own: Floats, rival: Floats | None) -> bool:
 def _outcome(own: Floats, rival: Floats | None, count: int) -> Outcome:
     if rival is None or len(own) == count:
         return Outcome(own, float(own.mean()))
-    return Outcome(own, float(rival.mean() * own.mean() / rival[: len(own)].mean()))
+    on_these = float(rival[: len(own)].mean())
+    if on_these <= LEAST * rival.mean():
+        return Outcome(own, max(0.0, float(rival.mean() + own.mean()) - on_these))
+    return Outcome(own, float(rival.mean() * own.mean()) / on_these)

@@ -79,9 +79,15 @@ class Refinement:
         return Surrogate.fit(self.features, *self._measured())
 
     def whole(self, choices: Sequence[Choice], source: Source) -> list[Trial]:
-        """Measure new configurations on all the calibration data; those that were measured before are left out."""
+        """Measure new configurations on all the calibration data; those that were measured before are left out.
+
+        Of uniform ones nothing is expected: they come before there is anything to expect it from.
+        """
         new = self._new(choices)
-        return self._told(new, source, [None] * len(new)) if new else []
+        if not new:
+            return []
+        fitted = None if source == "uniform" else self.surrogate()
+        return self._told(new, source, [None] * len(new), fitted)
 
     def drawn(self, count: int) -> list[Choice]:
         """At most `count` configurations that are best if the predictions err as they well may, at random levels."""
@@ -97,8 +103,9 @@ class Refinement:
         round."""
         calm = 0
         while self.left and calm < 2:
+            fitted = self.surrogate()
             new, self.gain = propose(
-                self.surrogate(),
+                fitted,
                 self.sweep,
                 *self._measured(),
                 min(self.together, self.left),
@@ -108,12 +115,14 @@ class Refinement:
             if not new:
                 return
             calm = calm + 1 if self.gain < CALM else 0
-            yield self._told(new, "refined", [self._rival(choice) for choice in new])
+            yield self._told(new, "refined", [self._rival(choice) for choice in new], fitted)
 
-    def _told(self, choices: Sequence[Choice], source: Source, rivals: Sequence[Floats | None]) -> list[Trial]:
+    def _told(
+        self, choices: Sequence[Choice], source: Source, rivals: Sequence[Floats | None], fitted: Surrogate | None
+    ) -> list[Trial]:
         expected: list[tuple[float, float] | None] = [None] * len(choices)
-        if any(trial.loss > 0 for trial in self.trials):
-            means, deviations = self.surrogate().predict(np.array(choices))
+        if fitted is not None and any(trial.loss > 0 for trial in self.trials):
+            means, deviations = fitted.predict(np.array(choices))
             expected = list(zip(means.tolist(), deviations.tolist(), strict=True))
         outcomes = race(self.measure, choices, rivals, self.batch_sizes)
         told = [
@@ -138,7 +147,8 @@ class Refinement:
 
     def _measured(self) -> tuple[NDArray[np.int64], Floats]:
         choices = np.array([trial.choice for trial in self.trials], dtype=np.int64)
-        return choices.reshape(len(self.trials), -1), np.array([trial.loss for trial in self.trials])
+        units = self.features.logs.shape[0]
+        return choices.reshape(len(self.trials), units), np.array([trial.loss for trial in self.trials])
 
     def _generator(self) -> np.random.Generator:
         return np.random.default_rng([self.seed, len(self.trials)])

@@ -128,11 +128,12 @@ class Surrogate:
 
     @classmethod
     def fit(cls, features: Features, choices: Choices, losses: Floats) -> Surrogate:
-        """Of measured losses; those that are not above zero have no logarithm and tell nothing.
+        """Of measured losses; those that are not above zero, or predicted to be zero, tell nothing.
 
         The spreads and the noise are those that predict each fifth of the measurements best from the others.
         """
-        told = losses > 0
+        # Where nothing is predicted to be lost no effect can say that something is.
+        told = (losses > 0) & np.isfinite(features.logs[np.arange(choices.shape[1]), choices]).any(axis=1)
         choices, observed = choices[told], np.log(losses[told])
         folds = np.arange(len(observed)) % FOLDS
 

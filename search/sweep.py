@@ -36,7 +36,9 @@ class Sweep:
         also: Sequence[Choice] = (),
     ) -> Sweep:
         """`points` levels, evenly spaced from the budget down, and those of the allocations in `also` that are within
-        all bounds: the uniform ones, with which the others will be compared."""
+        all bounds: the uniform ones, with which the others will be compared. Bounds that everything keeps are left out.
+        """
+        bounds = [bound for bound in bounds if not bound.admits(costs[bound.resource].largest)]
         sweep = cls(costs, bounds, axis, ilp.levels(costs, bounds, axis, points))
         own = [costs[axis].total(choice) for choice in also if sweep.admits(choice)]
         return cls(costs, bounds, axis, np.unique([*sweep.levels, *own])[::-1])

@@ -30,6 +30,9 @@ from workers.tasks import MEASURE, Item, Result, Task
 
 Floats = NDArray[np.float64]
 
+FEW = 8
+"""Samples, with fewer of which a paired bootstrap accepts what it should not."""
+
 LEVEL = 0.9
 NORMAL = 1.645
 """Of the intervals of what is expected, and the standard deviations that they reach to either side."""
@@ -105,6 +108,11 @@ class Measuring:
         losses, tiers = np.array([trial.loss for trial in trials]), [trial.tier for trial in trials]
         chosen = finalists(self.sweep, [trial.choice for trial in trials], losses, tiers)
         self.enter("accept", 2 * len(chosen))
+        if sum(self.profile.batch_sizes) < FEW:
+            self.run.notice(
+                f"calibration.samples is {sum(self.profile.batch_sizes)}: so few tell little about which "
+                f"configurations are better; {FEW} or more are advised"
+            )
         heard = self._samples([tried[index] for index in chosen], "acceptance")
         costs = [[self.candidates[at].costs[name] for name in self.profile.axes] for at in heard]
         losses = np.array([told["loss"] for told in heard.values()])

@@ -33,6 +33,9 @@ from workers.sensitivity import Table
 from workers.sensitivity.rounding import relative_errors
 from workers.tables import fill_tables
 
+GAP = 1e-4
+"""To which the frontiers of the predictions are proved: they are not as exact themselves."""
+
 
 def run_search(
     engine: Engine, claim: queue.Claim, pool_for: Callable[[EvaluatorSpec], Pool], check: Callable[[], None]
@@ -99,7 +102,7 @@ def optimize(
     run.enter("optimize", len(tables))
     fitted, sweeps, sweep = predicting(profile, tables, list(measuring.trials.values())), {}, measuring.sweep
     for done, (metric, surrogate) in enumerate(fitted.items(), start=1):
-        solutions = frontier(surrogate.table, profile.costs, profile.bounds, sweep.axis, sweep.levels)
+        solutions = frontier(surrogate.table, profile.costs, profile.bounds, sweep.axis, sweep.levels, gap=GAP)
         unproved = sum(solution.status != "optimal" for solution in solutions)
         if unproved:
             run.notice(f"{unproved} of the {len(solutions)} integer programs on {metric} hit their time limit")
@@ -118,12 +121,16 @@ def measure_proposals(measuring: Measuring, refinement: Refinement, proposals: S
     """The points of the predicted frontiers, and, where the predictions are going to be corrected, some that would be
     best if they erred."""
     request = measuring.run.request
-    drawn = 0 if request.optimizer.method == "ilp" else first(refinement.left)[1]
+    drawn, bits = first(refinement.left)[1], measuring.profile.costs["avg_bits"]
+    if request.optimizer.method == "ilp":
+        drawn = 0
     measuring.enter("measure", len(proposals) + drawn)
     for start in range(0, len(proposals), refinement.together):
         measuring.add(refinement.whole(proposals[start : start + refinement.together], "ilp"))
     if drawn:
-        measuring.add(refinement.whole(refinement.drawn(drawn), "refined"))
+        choices = refinement.drawn(drawn)
+        measuring.propose([(f"drawn, {bits.total(choice):.2f} bits", choice) for choice in choices], "ilp")
+        measuring.add(refinement.whole(choices, "ilp"))
 
 
 def refine(measuring: Measuring, refinement: Refinement) -> None:
@@ -132,6 +139,11 @@ def refine(measuring: Measuring, refinement: Refinement) -> None:
     measuring.enter("refine", refinement.left)
     for trials in refinement.rounds():
         measuring.add(trials)
+    if refinement.left:
+        measuring.run.notice(
+            f"refinement ended after {refinement.spent:.0f} of {refinement.evaluations} evaluations: "
+            "nothing that is left promises to move the frontier"
+        )
 
 
 def evolve(measuring: Measuring, refinement: Refinement) -> None:
@@ -149,8 +161,9 @@ def evolve(measuring: Measuring, refinement: Refinement) -> None:
         name=study_name(run.claim.search_id),
     )
     # What an attempt before this one has told is known to the study, and kept by its content.
-    for choice in evolution.told:
-        measuring.add(refinement.whole([choice], "evolved"))
+    told = evolution.told
+    for start in range(0, len(told), refinement.together):
+        measuring.add(refinement.whole(told[start : start + refinement.together], "evolved"))
     losses = {trial.choice.tobytes(): trial.loss for trial in measuring.trials.values()}
     while choices := evolution.ask(refinement.together):
         new = [choice for choice in choices if choice.tobytes() not in losses][: refinement.left]
@@ -188,7 +201,9 @@ def tell_if_nothing_fits(run: Run, candidates: Sequence[Candidate]) -> None:
     """A loss budget may turn out too tight only once everything is measured."""
     losses = [candidate.loss for candidate in candidates if candidate.loss is not None]
     if not any(candidate.fits for candidate in candidates) and losses:
-        run.notice(f"no measured configuration keeps every budget; the least measured loss is {min(losses):.3g}")
+        limit = run.request.budgets.loss_increase
+        asked = f", and loss_increase = {limit:g} was asked for" if limit is not None else ""
+        run.notice(f"no measured configuration keeps every budget; the least measured loss is {min(losses):.3g}{asked}")
 
 
 def agreement(candidates: Sequence[Candidate]) -> dict[str, dict[str, float | int | None]]:

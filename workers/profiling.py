@@ -109,7 +109,6 @@ def profile_model(run: Run) -> Profile:
         },
         "tables": {},
         "metrics": {},
-        "correction": {},
     }
     run.save()
     queue.progress(run.engine, run.claim, "profile", 1, 1)

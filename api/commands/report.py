@@ -42,7 +42,9 @@ def _advance(bars: Progress, event: Event) -> None:
     last = bars.tasks[-1] if bars.tasks else None
     if last is None or event.kind == "stage" or last.fields["stage"] != stage:
         if last is not None:
-            bars.update(last.id, completed=last.total)
+            # These may end before they have spent what they might.
+            if last.fields["stage"] not in ("refine", "evolve"):
+                bars.update(last.id, completed=last.total)
             bars.stop_task(last.id)
         bars.add_task(announcement(event.data) or stage, completed=done, total=total, stage=stage)
     else:
@@ -129,5 +131,13 @@ def show(client: Client, search: dict[str, Any]) -> None:
     frontier = client.get(f"/v1/searches/{search['id']}/frontier").json()
     if frontier["points"] or frontier["baselines"]:
         out.print(frontier_table(frontier, search["model"]))
+    summary = search.get("summary") or {}
+    if search["state"] == "succeeded" and "acceptance" in summary:
+        told, of = summary["acceptance"], summary.get("coverage") or {}
+        within = f"; {of['within']} of {of['points']} losses within what was expected" if of.get("points") else ""
+        out.print(
+            f"[dim]Losses on held-out data. {summary['evaluations']:.4g} evaluations on the calibration data; "
+            f"{told['accepted']} of {told['finalists']} finalists held on data that was not searched{within}.[/]"
+        )
     if search["state"] == "succeeded" and frontier["best"] is None:
         out.print("[yellow]No measured configuration fits every budget.[/]")

@@ -148,14 +148,16 @@ def _run(client: Client, body: dict[str, Any], output: Path | None, check: Calla
         raise typer.Exit(INTERRUPTED) from None
     found = report.check_succeeded(client, search_id)
     report.show(client, found)
+    best = client.get(f"/v1/searches/{search_id}/frontier").json()["best"]
     if output is not None:
-        best = client.get(f"/v1/searches/{search_id}/frontier").json()["best"]
         for path in report.write_files(client, found, best, output):
             out.print(f"Wrote {path}")
     if check is None:
         out.print(f"Results page: {client.url}{found['links']['page']}")
     else:
         out.print(f"Results page: {DEFAULT_URL}{found['links']['page']}, while 'bitfrontier up' runs")
+    if best is None:
+        raise typer.Exit(1)
 
 
 def _log_file() -> Path:

@@ -15,7 +15,7 @@ Figure = dict[str, Any]
 
 LEGEND = ("frontier", "best", "baseline", "dominated", "over", "searched", "lower_bound", "rate_distortion")
 REFERENCES = {
-    "lower_bound": "lower bound of what is predicted",
+    "lower_bound": "least predicted (calibration data)",
     "rate_distortion": "rate–distortion limit (ideal quantizer)",
 }
 

@@ -140,7 +140,7 @@ def split_rows(frontier: Frontier, point: Candidate) -> list[SplitRow]:
         purpose = "decides: only what beats its rivals on it, unseen by the search, is on the frontier"
         rows.append(SplitRow("Acceptance data", loss_text(metrics["acceptance_loss"]), purpose))
     if frontier.settled and point.loss is not None:
-        purpose = "reported: it decided nothing, so that it flatters nobody"
+        purpose = "reported: of what was accepted, the frontier leaves out only what a cheaper point betters here"
         if expected:
             within = expected["low"] <= point.loss <= expected["high"]
             purpose += f"; {'within' if within else 'outside'} the expected interval"

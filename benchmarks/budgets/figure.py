@@ -35,8 +35,8 @@ def draw_figure(runs: Sequence[Found]) -> str:
         _text(
             16,
             50,
-            "Dashed: what the uncorrected metric predicts of its own frontier. Grey: what that frontier loses on held-out "
-            "data. Blue: after refinement. Purple: uniform. Orange: ModelOpt.",
+            "Dashed: what the uncorrected metric predicts of its own frontier. Grey: what that frontier loses on "
+            "held-out data. Blue: after refinement. Purple: uniform. Orange: ModelOpt.",
             "small",
         ),
         _text(

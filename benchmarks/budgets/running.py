@@ -150,7 +150,7 @@ def refine(loop: Refinement, uniform: list[Choice]) -> None:
     predicted, drawn = first(loop.left)
     frontier = loop.sweep.frontier(loop.surrogate().table)
     loop.whole(frontier[:predicted], "ilp")
-    loop.whole(loop.drawn(drawn), "refined")
+    loop.whole(loop.drawn(drawn), "ilp")
     for trials in loop.rounds():
         print(f"  {loop.spent:.1f} evaluations, gain {loop.gain:.2g}, {len(trials)} more", flush=True)
 

@@ -46,6 +46,15 @@ def test_a_point_that_is_surely_dominated_gains_nothing() -> None:
     assert gains[2] == pytest.approx(0.5 * 0.5)
 
 
+def test_under_a_limit_on_the_loss_the_cheapest_within_it_counts() -> None:
+    """The point at the limit is what was asked for, though it adds next to no area."""
+    measured = Measured(np.array([4.0, 5.0]), np.array([-0.1, -3.0]), (6.0, 0.0), height=2.0)
+    below, above, dearer = (np.array(pair)[:, None] for pair in ((3.0, -1e-9), (3.0, 5.0), (4.5, -0.1)))
+    gains = [float(measured.gain(*point, np.array([1e-9]))[0]) for point in (below, above, dearer)]
+    assert gains == pytest.approx([2.0 * (4.0 - 3.0) * 0.84, 0.0, 0.0], rel=0.01, abs=1e-6)
+    assert float(measured.gain(*below, np.array([1.0]))[0]) > 2.0 * 0.5
+
+
 def world(space: Space, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A proxy, the truth, and costs."""
     rng, (units, schemes) = np.random.default_rng(seed), space.allowed.shape

@@ -197,3 +197,27 @@ class TestEdges:
 
     def test_of_equal_costs_the_least_loss_is_taken(self) -> None:
         assert solve(np.array([[3.0, 1.0, 2.0]]), np.ones((1, 3)), 1.0).objective == 1.0
+
+
+@pytest.mark.parametrize("power", [10, 12, 14, 16])
+def test_a_huge_loss_that_the_budget_avoids_leaves_the_bound_true(power: int) -> None:
+    rng = np.random.default_rng(power)
+    for _ in range(40):
+        loss, cost = rng.lognormal(-2, 3, (7, 3)), rng.integers(1, 6, (7, 3)).astype(float)
+        loss[0, cost[0].argmin()] = 10.0**power
+        capacity = float(rng.uniform(cost.min(axis=1).sum() + 1, cost.max(axis=1).sum()))
+        found = solve(loss, cost, capacity)
+        choices = np.array(list(itertools.product(range(3), repeat=7)))
+        totals = np.where(cost[np.arange(7), choices].sum(1) <= capacity, loss[np.arange(7), choices].sum(1), np.inf)
+        assert found.bound <= totals.min() * (1 + 1e-9)
+        if found.status == "optimal":
+            assert found.objective <= totals.min() * (1 + 2e-6)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_to_lose_and_a_closed_choice_give_no_warning() -> None:
+    loss = np.array([[1, 0.3, 0], [1, 0.2, 0], [1, 0.1, 0.0]])
+    cost = np.array([[np.inf, 1, 2], [0, 1, 2], [0, 1, 2.0]])
+    found = solve(loss, cost, 100.0)
+    assert found.choice is not None
+    assert found.choice.tolist() == [2, 2, 2]

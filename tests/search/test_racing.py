@@ -76,3 +76,12 @@ def test_of_few_samples_nothing_is_told() -> None:
     course = Course(np.full((1, 3), 9.0))
     (outcome,) = race(course, runners(1), [np.ones(3)], [1, 1, 1])
     assert len(outcome.samples) == 3
+
+
+@pytest.mark.parametrize(
+    "rival", [np.zeros(32), np.append(np.zeros(8), np.full(24, 1e-6)), np.append(np.full(8, 1e-20), np.full(24, 1e-6))]
+)
+def test_a_rival_that_lost_nothing_on_the_first_samples_leaves_a_finite_estimate(rival: np.ndarray) -> None:
+    (outcome,) = race(Course(np.full((1, SAMPLES), 1e-3)), runners(1), [rival], SIZES)
+    assert len(outcome.samples) < SAMPLES
+    assert outcome.loss == pytest.approx(1e-3, rel=0.01)

@@ -54,7 +54,7 @@ def run(loop: Refinement) -> None:
     predicted, drawn = first(loop.left)
     frontier = loop.sweep.frontier(loop.surrogate().table)
     loop.whole([frontier[round(at)] for at in np.linspace(0, len(frontier) - 1, predicted)], "ilp")
-    loop.whole(loop.drawn(drawn), "refined")
+    loop.whole(loop.drawn(drawn), "ilp")
     for _ in loop.rounds():
         pass
 
@@ -160,3 +160,32 @@ def test_the_first_measurements_are_never_more_than_there_are(count: int) -> Non
     assert 0 <= drawn <= predicted
     assert predicted + drawn <= count
     assert count < TOGETHER or predicted + drawn >= TOGETHER
+
+
+class Lossless(World):
+    """The last scheme loses nothing."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.proxy[:, -1] = self.truth[:, -1] = 0.0
+
+
+@pytest.mark.parametrize("most", [np.inf, 1e-9])
+def test_what_loses_nothing_is_measured_once_and_spoils_nothing(most: float) -> None:
+    world = Lossless(9)
+    loop = refinement(world, 40, most_loss=most)
+    run(loop)
+    assert len({trial.choice.tobytes() for trial in loop.trials}) == len(loop.trials)
+    assert loop.spent == pytest.approx(world.measured)
+    means, deviations = loop.surrogate().predict(np.array([trial.choice for trial in loop.trials if trial.loss > 0]))
+    assert np.isfinite(means).all()
+    assert np.isfinite(deviations).all()
+
+
+def test_where_nothing_loses_anything_there_is_nothing_to_refine() -> None:
+    world = World(9)
+    world.truth = np.zeros_like(world.truth)
+    loop = refinement(world, 40)
+    run(loop)
+    assert loop.spent <= 40
+    assert all(trial.source != "refined" for trial in loop.trials)

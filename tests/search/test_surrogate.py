@@ -126,3 +126,17 @@ class TestTables:
     def test_without_a_table_there_is_nothing_to_correct(self, space: Space) -> None:
         with pytest.raises(ValueError, match="at least one table"):
             Features.of(space, {})
+
+
+def test_a_loss_where_none_was_predicted_does_not_spoil_the_rest(space: Space) -> None:
+    """One unit that is said to lose nothing at some scheme, and does."""
+    proxy, truth, _ = world(space, 3)
+    rng = np.random.default_rng(0)
+    proxy[:, -1] = 0.0
+    choices = np.vstack([np.full((1, len(proxy)), 3), rng.integers(0, 3, (12, len(proxy)))])
+    losses = truth[np.arange(len(proxy)), choices].sum(axis=1)
+    losses[0] = 1e-9
+    fitted = Surrogate.fit(Features.of(space, {"proxy": proxy}), choices, losses)
+    assert 0.5 < fitted.power < 2
+    means, _ = fitted.predict(choices[1:])
+    assert np.abs(means - np.log(losses[1:])).max() < 0.5

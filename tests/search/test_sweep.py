@@ -40,3 +40,9 @@ def test_some_levels_only() -> None:
     sweep = Sweep.of(COSTS, [Bound("avg_bits", "avg_bits", 7.0)], "avg_bits", 8)
     (cheapest,) = sweep.frontier(LOSS, sweep.levels[-1:])
     assert not cheapest.any()
+
+
+def test_a_budget_that_everything_keeps_changes_nothing() -> None:
+    bound = Bound("avg_bits", "avg_bits", 7.0)
+    loose = Bound("gbitops", "bitops", COSTS["bitops"].largest * 2)
+    assert Sweep.of(COSTS, [bound, loose], "avg_bits", 8).bounds == [bound]
