@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --co
 DEMO_MODEL := all-minilm-l6-v2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check bench-search bench-optimizers bench-digits bench-budgets bench-hessian bench-kl bench-minilm bench-pqi bench-smollm2 bench-proxies bench-modelopt clean
+.PHONY: help demo up test check bench-search bench-optimizers bench-digits bench-budgets bench-hessian bench-kl bench-minilm bench-pqi bench-proxies bench-modelopt clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,10 +53,6 @@ bench-minilm: $(VENV)/.dev ## Time a full search on MiniLM (takes 3 minutes)
 bench-pqi: $(VENV)/.dev ## Completeness and error of post-quantization integrals (fetches 93 MB, takes 12 minutes)
 	$(BIN)/python scripts/fetch_models.py
 	MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 $(BIN)/python -m benchmarks.pqi
-
-bench-smollm2: $(VENV)/.dev ## Mixed against uniform precision on SmolLM2-135M (fetches 93 MB, takes 7 minutes)
-	$(BIN)/python scripts/fetch_models.py
-	$(BIN)/python -m benchmarks.smollm2
 
 # Else the C library gives every large array back to the kernel, and half the time goes into page faults.
 bench-proxies: $(VENV)/.dev ## How well metrics rank configurations of equal size (fetches 93 MB, first takes an hour)
