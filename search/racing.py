@@ -80,9 +80,10 @@ def _beaten(own: Floats, rival: Floats | None) -> bool:
 
 
 def _outcome(own: Floats, rival: Floats | None, count: int) -> Outcome:
-    if rival is None or len(own) == count:
-        return Outcome(own, float(own.mean()))
-    on_these = float(rival[: len(own)].mean())
-    if on_these <= LEAST * rival.mean():
-        return Outcome(own, max(0.0, float(rival.mean() + own.mean()) - on_these))
-    return Outcome(own, float(rival.mean() * own.mean()) / on_these)
+    """What is below zero is rounding."""
+    loss = float(own.mean())
+    if rival is not None and len(own) < count:
+        on_these = float(rival[: len(own)].mean())
+        told = on_these > LEAST * rival.mean()
+        loss = float(rival.mean()) * loss / on_these if told else float(rival.mean()) + loss - on_these
+    return Outcome(own, max(0.0, loss))

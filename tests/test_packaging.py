@@ -154,7 +154,7 @@ sys.exit(f"loaded: {loaded}" if loaded else 0)
 
 def test_make_help_lists_the_documented_targets():
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("demo", "up", "test", "check", "bench-smollm2"):
+    for target in ("demo", "up", "test", "check", "bench-search"):
         assert f"make {target} " in listed
 
 

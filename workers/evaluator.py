@@ -166,9 +166,7 @@ class Evaluator:
         for index in batches if batches is not None else range(len(self.batches(split))):
             batch = self.batches(split)[index]
             output = self.loaded(batch)
-            # Below zero is rounding.
-            losses = self.losses(batch, output, self.reference(split, index))
-            found.setdefault("loss", []).append(losses.clamp_min(0))
+            found.setdefault("loss", []).append(self.losses(batch, output, self.reference(split, index)))
             if self.loaded.task == "causal-lm":
                 next_token = next_token_loss(output, batch["input_ids"], batch["attention_mask"])
                 found.setdefault("next_token_loss", []).append(next_token)

@@ -109,7 +109,7 @@ def test_a_worker_that_is_killed_loses_no_finished_measurement(engine: Engine, s
     wait_for(lambda: sum(candidate.loss is not None for candidate in candidates(engine, search.id)) >= 2)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    before = {one.number: one.loss for one in candidates(engine, search.id) if one.loss is not None}
+    before = {one.number: one.metrics["calibration_loss"] for one in candidates(engine, search.id) if one.metrics}
     assert get_search(engine, search.id).state == "running"
 
     start_worker()
@@ -120,7 +120,7 @@ def test_a_worker_that_is_killed_loses_no_finished_measurement(engine: Engine, s
     # The table and at least the two measurements were there already.
     assert done.summary["metrics"]["kl"]["reused"]
     assert done.summary["reused"] >= 2
-    after = {one.number: one.loss for one in candidates(engine, search.id)}
+    after = {one.number: one.metrics["calibration_loss"] for one in candidates(engine, search.id)}
     assert after.items() >= before.items()
 
 

@@ -408,7 +408,7 @@ CONSERVED = {
     "Qwen2ForCausalLM": (0.8, 1.05),
     "Qwen3ForCausalLM": (0.8, 1.05),
     "LlamaForCausalLM": (0.6, 0.9),
-    "MixtralForCausalLM": (0.6, 0.9),
+    "MixtralForCausalLM": (0.55, 0.9),
     "MobileNetV2ForImageClassification": (0.999, 1.001),
     "ViTForImageClassification": (0.0, 0.6),
     "ResNetForImageClassification": (-1.0, 2.0),
@@ -425,7 +425,9 @@ def share_entering(evaluator: Evaluator, rules: Rules = RULES) -> list[float]:
 
 def check_conservation(evaluator: Evaluator) -> None:
     low, high = CONSERVED[evaluator.loaded.architecture]
-    assert all(low < share < high for share in share_entering(evaluator))
+    shares = share_entering(evaluator)
+    assert low < min(shares)
+    assert max(shares) < high
 
 
 def test_every_kind_of_model_conserves_relevance_within_its_bounds(any_evaluator: Evaluator) -> None:
