@@ -1,4 +1,4 @@
-"""The integer program on arrays: one budget as a knapsack; several by prices, a core and PuLP with HiGHS.
+"""The integer program on arrays: one budget as a knapsack; several by prices, a core and PuLP with HiGHS (or CBC).
 
 Prices give a bound, an allocation near it, and say what each choice loses above the bound: no better allocation takes a
 choice beyond the gap, and a good one takes the cheapest of them. So the program is solved among few choices first (the
@@ -120,6 +120,13 @@ def _dominated(within: Floats, costs: Floats, open_: NDArray[np.bool_]) -> NDArr
     return dominated
 
 
+STATUSES: dict[int, Status] = {
+    pulp.LpSolutionOptimal: "optimal",
+    pulp.LpSolutionIntegerFeasible: "feasible",
+    pulp.LpSolutionInfeasible: "infeasible",
+}
+
+
 class _Program:
     """A PuLP problem over the units that have several open choices, its objective and budgets scaled for the solver."""
 
@@ -150,23 +157,21 @@ class _Program:
         """The choice found, and whether it is within the tolerance of the best; None where nothing integral was."""
         if not self._x:
             return ("optimal", self._settled) if (self._rooms >= 0).all() else ("infeasible", None)
-        self._problem.solve(
-            pulp.HiGHS(
-                msg=False,
-                timeLimit=seconds,
-                gapRel=0.0,
-                gapAbs=tolerance * self._scale,
-                threads=1,
-                mip_feasibility_tolerance=1e-9,
-            )
-        )
-        # PuLP calls a time-out "Optimal": only sol_status tells them apart.
-        status: Status = {
-            pulp.LpSolutionOptimal: "optimal",
-            pulp.LpSolutionIntegerFeasible: "feasible",
-            pulp.LpSolutionInfeasible: "infeasible",
-        }.get(self._problem.sol_status, "unsolved")  # type: ignore[assignment]
-        return status, self._choice() if status in ("optimal", "feasible") else None
+        limits = {"msg": False, "timeLimit": seconds, "gapRel": 0.0, "gapAbs": tolerance * self._scale, "threads": 1}
+        status: Status = "unsolved"
+        # CBC is second: where HiGHS is not installed, or ends with nothing.
+        for kind, more in ((pulp.HiGHS, {"mip_feasibility_tolerance": 1e-9}), (pulp.PULP_CBC_CMD, {})):
+            solver = kind(**limits, **more)
+            if not solver.available():
+                continue
+            self._problem.solve(solver)
+            # PuLP calls a time-out "Optimal": only sol_status tells them apart.
+            status = STATUSES.get(self._problem.sol_status, "unsolved")
+            if status == "infeasible":
+                return status, None
+            if status in ("optimal", "feasible") and (choice := self._choice()) is not None:
+                return status, choice
+        return status, None
 
     def _choice(self) -> Choice | None:
         """The schemes chosen; None where the solver's answer is not integral."""

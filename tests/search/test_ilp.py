@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pulp
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -352,3 +353,15 @@ def test_three_budgets_on_two_thousand_units_are_solved_to_the_gap_asked_for() -
     assert found.bound <= near.objective
     assert near.gap <= 1e-3
     assert all(bound.admits(costs[bound.resource].total(found.choice)) for bound in bounds)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_without_highs_cbc_finds_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(seed)
+    loss = rng.lognormal(0, 2, (12, 4))
+    costs = {name: Cost(name, rng.integers(1, 50, (12, 4)).astype(float), 0.0) for name in NAMES[:3]}
+    bounds = [bound_at(cost, 0.4) for cost in costs.values()]
+    expected = solve(loss, costs, bounds)
+    monkeypatch.setattr(pulp.HiGHS, "available", lambda _self: False)
+    found = solve(loss, costs, bounds)
+    assert (found.status, found.objective) == (expected.status, pytest.approx(expected.objective, rel=1e-5))
