@@ -174,19 +174,19 @@ def test_another_budget_on_the_same_model_is_nearly_free(digits: Engine) -> None
 def test_every_method_measures_what_it_proposes_and_no_more_than_asked(
     digits: Engine, method: str, stage: str | None, source: str
 ) -> None:
-    search = ask(digits, optimizer={"method": method, "points": 20, "evaluations": 24})
+    search = ask(digits, optimizer={"method": method, "points": 20, "evaluations": 16})
     work(digits)
     done, found = get_search(digits, search.id), candidates(digits, search.id)
     stages = [event.data["stage"] for event in events_after(digits, search.id, 0) if event.kind == "stage"]
     assert stages[3:] == [name for name in ("baselines", "optimize", "measure", stage, "accept") if name]
     assert done.summary is not None
-    assert 20 < done.summary["evaluations"] <= 24
+    assert 12 < done.summary["evaluations"] <= 16
     assert {"uniform", "ilp", source} <= {candidate.source for candidate in found}
     assert all(candidate.costs["avg_bits"] <= 4.5 for candidate in found if candidate.source != "uniform")
 
 
 def test_what_is_reported_was_accepted_on_data_that_was_not_searched(digits: Engine) -> None:
-    search = ask(digits, optimizer={"points": 12, "evaluations": 40})
+    search = ask(digits, optimizer={"points": 10, "evaluations": 28})
     work(digits)
     done, found = get_search(digits, search.id), candidates(digits, search.id)
     assert done.summary is not None
@@ -204,7 +204,7 @@ def test_what_is_reported_was_accepted_on_data_that_was_not_searched(digits: Eng
 
 
 def test_predictions_carry_intervals_that_hold_the_losses_on_held_out_data(digits: Engine) -> None:
-    search = ask(digits, optimizer={"points": 20, "evaluations": 48}, budgets={"avg_bits": 8})
+    search = ask(digits, optimizer={"points": 20, "evaluations": 30}, budgets={"avg_bits": 8})
     work(digits)
     found, summary = candidates(digits, search.id), get_search(digits, search.id).summary
     assert summary is not None
