@@ -101,7 +101,7 @@ def propose(
         return [], 0.0
     # What loses nothing cannot be bettered, and has no logarithm: far below everything else stands for it.
     logs = np.log(np.where(told, losses, losses[told].min() * LOSSLESS))
-    height = MARGIN * float(np.ptp(logs)) if np.isfinite(most_loss) and len(logs) else 0.0
+    height = MARGIN * float(np.ptp(logs)) if np.isfinite(most_loss) else 0.0
     measured = Measured(sweep.totals(choices), logs, _corner(sweep, logs, most_loss), height)
     candidates = {
         choice.tobytes(): choice
@@ -130,7 +130,7 @@ def _corner(sweep: Sweep, logs: Floats, most_loss: float) -> tuple[float, float]
     """Beyond the budget, so that what lies at the budget, and nothing betters, counts as well."""
     smallest = float(sweep.levels[-1])
     beyond = MARGIN * (sweep.limit - smallest) or 1e-9 * max(abs(sweep.limit), 1e-300)
-    return sweep.limit + beyond, min(float(logs.max(initial=-np.inf)) + 1e-9, float(np.log(most_loss)))
+    return sweep.limit + beyond, min(float(logs.max()) + 1e-9, float(np.log(most_loss)))
 
 
 def _candidates(

@@ -41,13 +41,21 @@ class Drafts:
             number=number,
             source=source,
             label=label,
-            allocation=allocation.to_json(allocation.layer_schemes(self.space, choice)),
-            predicted={
-                metric: float(np.exp(surrogate.predict(choice[None])[0][0]))
-                for metric, surrogate in self.predicting.items()
-            },
+            allocation=self.allocation(choice),
+            predicted=self.predicted(choice),
             costs={resource: cost.total(choice) for resource, cost in self.costs.items()},
         )
+
+    def allocation(self, choice: Choice) -> dict[str, str]:
+        """Layer name → scheme text."""
+        return allocation.to_json(allocation.layer_schemes(self.space, choice))
+
+    def predicted(self, choice: Choice) -> dict[str, float]:
+        """The loss by metric."""
+        return {
+            metric: float(np.exp(surrogate.predict(choice[None])[0][0]))
+            for metric, surrogate in self.predicting.items()
+        }
 
 
 def baselines(space: Space) -> dict[str, Choice]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from search.budget import TOLERANCE, Bound
+from search.budget import Bound
 from search.cost import Cost, Resource
 from search.space import Space
 
@@ -30,7 +30,7 @@ class Variation:
         self._open = space.allowed
         self._bounded = [(bound, costs[bound.resource]) for bound in bounds]
         self._costs = np.array([cost.table for _, cost in self._bounded]).reshape(-1, *space.allowed.shape)
-        self._capacities = np.array([bound.limit * (1 + TOLERANCE) - cost.constant for bound, cost in self._bounded])
+        self._capacities = np.array([bound.capacity(cost) for bound, cost in self._bounded])
         order = np.where(space.allowed, costs[axis].table, np.inf).argsort(axis=1, kind="stable")
         self._levels = order.argsort(axis=1)
         self._blocks = np.unique([unit.block or unit.name for unit in space.units], return_inverse=True)[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import exp, sqrt
@@ -62,7 +62,7 @@ class Measuring:
         """The loss of every sample in a range of the calibration batches, of each choice: `search.racing.Measure`."""
         sizes = self.profile.batch_sizes
         parts = [part for part in pairwise(stops(len(sizes))) if batches.start <= part[0] and part[1] <= batches.stop]
-        allocations = [self._allocation(choice) for choice in choices]
+        allocations = [self.drafts.allocation(choice) for choice in choices]
         items: list[Item] = [
             {"allocation": allocation, "split": "calibration", "batches": list(part)}
             for allocation in allocations
@@ -96,8 +96,7 @@ class Measuring:
         """Predict all candidates anew."""
         self.drafts = drafts
         for at, trial in self.trials.items():
-            predicted = self.drafts.candidate(0, trial.source, "", trial.choice).predicted
-            self.candidates[at] = replace(self.candidates[at], predicted=predicted)
+            self.candidates[at] = replace(self.candidates[at], predicted=drafts.predicted(trial.choice))
         self._judge()
 
     def accept(self) -> None:
@@ -159,9 +158,6 @@ class Measuring:
         items: list[Item] = [{"allocation": self.candidates[index].allocation, "split": split} for index in indices]
         results = self.run.compute(MEASURE, items, self._stage, part=(*self._progress, 1))
         return dict(zip(indices, results, strict=True))
-
-    def _allocation(self, choice: Choice) -> Mapping[str, str]:
-        return self.drafts.candidate(0, "uniform", "", choice).allocation
 
     def _searched(self, trial: Trial) -> dict[str, float]:
         found = metrics({"loss": trial.samples.tolist()}) | {"loss": trial.loss, "calibration_loss": trial.loss}
