@@ -25,7 +25,7 @@ from search.evolution import Evolution
 from search.metrics import METRICS
 from search.pareto import hypervolume
 from search.proposals import baselines
-from search.refinement import Refinement, first
+from search.refinement import Refinement
 from search.surrogate import Features
 from search.sweep import Choice, Sweep
 
@@ -49,7 +49,7 @@ class World:
         self.cost = cost_tables(found.space, inventory)["avg_bits"]
         self._index = {choice.tobytes(): index for index, choice in enumerate(found.choices)}
         self.choices = found.choices
-        self.losses, self.held_out = found.losses["calibration"], found.losses["held_out"]
+        self.losses = found.losses["calibration"]
         self.costs = np.array([self.cost.total(choice) for choice in found.choices])
         self.corner = np.array([self.costs.max() * (1 + 1e-4), np.log(self.losses).max() + 1e-9])
         self.whole = self._covered(np.arange(len(self.losses)))
@@ -109,11 +109,7 @@ def loop(metrics: tuple[str, ...], evaluations: int = CHECKPOINTS[-4]) -> Measur
             return [np.array([world.loss(choice)]) for choice in choices]
 
         search = Refinement(world.sweep(), features, measured, [1], math.floor(evaluations - passes), seed)
-        search.whole(world.uniform, "uniform")
-        predicted, drawn = first(search.left)
-        frontier = search.sweep.frontier(search.surrogate().table)
-        search.whole([frontier[round(at)] for at in np.linspace(0, len(frontier) - 1, predicted)], "ilp")
-        search.whole(search.drawn(drawn), "ilp")
+        search.begin(world.uniform)
         for _ in search.rounds():
             pass
         return [trial.choice for trial in search.trials], passes
@@ -174,8 +170,18 @@ def evolved(world: World, seed: int) -> tuple[list[Choice], float]:
             measured.append(choice.copy())
             return world.loss(choice)
 
-        share, small = CHECKPOINTS[-1] / budgets, {"offspring": 8, "survivors": (1,), "fractions": (1.0,)}
-        evopress(loss, start, world.cost.table, float(limit), share, rng, **small)  # type: ignore[arg-type]
+        share = CHECKPOINTS[-1] / budgets
+        evopress(
+            loss,
+            start,
+            world.cost.table,
+            float(limit),
+            share,
+            rng,
+            offspring=8,
+            survivors=(1,),
+            fractions=(1.0,),
+        )
         runs.append(measured)
     turns = [run[place] for place in range(max(map(len, runs))) for run in runs if place < len(run)]
     return [*world.uniform, *turns], 0.0

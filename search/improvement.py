@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from search.pareto import hypervolume, undominated
 from search.surrogate import Surrogate
-from search.sweep import Sweep
+from search.sweep import Sweep, thinned
 
 Floats = NDArray[np.float64]
 Choice = NDArray[np.int64]
@@ -137,7 +137,7 @@ def _candidates(
     surrogate: Surrogate, sweep: Sweep, frontier: NDArray[np.int64], generator: np.random.Generator
 ) -> Sequence[Choice]:
     one = len(sweep.bounds) < 2
-    draws, levels = (DRAWS, sweep.levels) if one else (FEW_DRAWS, _thinned(sweep.levels, FEW_LEVELS))
+    draws, levels = (DRAWS, sweep.levels) if one else (FEW_DRAWS, np.array(thinned(list(sweep.levels), FEW_LEVELS)))
     tables = [surrogate.table, *(surrogate.draw(generator) for _ in range(draws))]
     drawn = [choice for table in tables for choice in sweep.frontier(table, levels)]
     open_ = np.argwhere(sweep.open)
@@ -148,11 +148,6 @@ def _candidates(
         choice[unit] = scheme
         swaps.append(choice)
     return [*drawn, *swaps]
-
-
-def _thinned(levels: Floats, most: int) -> Floats:
-    kept: Floats = levels[np.unique(np.linspace(0, len(levels) - 1, min(most, len(levels))).round().astype(int))]
-    return kept
 
 
 def _normal_cdf(z: Floats) -> Floats:

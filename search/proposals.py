@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from search import allocation
 from search.budget import BUDGETS, Bound
@@ -15,8 +14,7 @@ from search.cost import Cost, Resource
 from search.pareto import undominated
 from search.space import Space
 from search.surrogate import Surrogate
-
-Choice = NDArray[np.int64]
+from search.sweep import Choice, thinned
 
 
 def axes(bounds: Sequence[Bound], objective: str = "loss") -> list[Resource]:
@@ -113,10 +111,3 @@ def judge(
         replace(candidate, fits=bool(fit), on_frontier=bool(front))
         for candidate, fit, front in zip(candidates, fits, best, strict=True)
     ]
-
-
-def thinned(choices: Sequence[Choice], most: int) -> list[Choice]:
-    """At most so many, evenly spaced, the first and the last among them."""
-    if len(choices) <= most:
-        return list(choices)
-    return [choices[round(level)] for level in np.linspace(0, len(choices) - 1, most)]

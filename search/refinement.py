@@ -17,7 +17,7 @@ from search.candidate import Source
 from search.improvement import propose
 from search.racing import Choice, Measure, charged, race
 from search.surrogate import Features, Surrogate
-from search.sweep import Sweep
+from search.sweep import Sweep, thinned
 
 Floats = NDArray[np.float64]
 
@@ -77,6 +77,13 @@ class Refinement:
     def surrogate(self) -> Surrogate:
         """The predictions as all measurements correct them."""
         return Surrogate.fit(self.features, *self._measured())
+
+    def begin(self, uniform: Sequence[Choice]) -> None:
+        """Measure what the first fit needs: the baselines, configurations of the predicted frontier, drawn ones."""
+        self.whole(uniform, "uniform")
+        predicted, drawn = first(self.left)
+        self.whole(thinned(self.sweep.frontier(self.surrogate().table), predicted), "ilp")
+        self.whole(self.drawn(drawn), "ilp")
 
     def whole(self, choices: Sequence[Choice], source: Source) -> list[Trial]:
         """Measure new configurations on all the calibration data; those that were measured before are left out.

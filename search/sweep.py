@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from search.cost import Cost, Resource
 Floats = NDArray[np.float64]
 Choice = NDArray[np.int64]
 """A scheme index for every unit."""
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +73,10 @@ class Sweep:
         at = self.levels if levels is None else levels
         found = ilp.frontier(loss, self.costs, self.bounds, self.axis, at, prove=prove)
         return [solution.choice for solution in found if solution.choice is not None]
+
+
+def thinned(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many, evenly spaced, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(at)] for at in np.linspace(0, len(items) - 1, most)]

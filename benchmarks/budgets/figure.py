@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from math import ceil, exp, floor, log10
 
 import numpy as np
 
 from benchmarks.budgets.running import Found
 from benchmarks.rivals.rivals import BUDGETS
+from benchmarks.svg import drawing, line, text
 
 LEFT, PANEL, HEIGHT, GAP, TOP, BOTTOM = 70, 330, 300, 60, 96, 52
 STYLE = """
-text { font: 13px system-ui, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #1d2733 }
-.head { font-size: 17px; font-weight: 600 } .small { font-size: 12px; fill: #5b6773 } .panel { font-weight: 600 }
-.grid { stroke: #e3e7eb } .trial { fill: #b9c6d3 } .interval { stroke: #d5dee7; stroke-width: 1 }
+.trial { fill: #b9c6d3 } .interval { stroke: #d5dee7; stroke-width: 1 }
 .uniform { fill: #7a4ea3 } .modelopt { fill: #d0662c } .before { stroke: #7f8b97; fill: none; stroke-width: 2 }
 .predicted { stroke: #7f8b97; fill: none; stroke-width: 1.5; stroke-dasharray: 4 4 }
 .after { stroke: #2563a8; fill: none; stroke-width: 2.5 }
@@ -27,21 +25,16 @@ def draw_figure(runs: Sequence[Found]) -> str:
     width = LEFT + len(runs) * (PANEL + GAP)
     height = TOP + HEIGHT + BOTTOM
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'role="img" aria-label="Frontiers before and after refinement, predicted and measured">',
-        f"<style>{STYLE}</style>",
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        _text(16, 30, "Before and after refinement, predicted and measured", "head"),
-        _text(
+        drawing(width, height, "Frontiers before and after refinement, predicted and measured", STYLE),
+        text(16, 30, "Before and after refinement, predicted and measured", "head"),
+        text(
             16,
             50,
             "Dashed: what the uncorrected metric predicts of its own frontier. Grey: what that frontier loses on "
             "held-out data. Blue: after refinement. Purple: uniform. Orange: ModelOpt.",
             "small",
         ),
-        _text(
-            16, 66, "Dots: configurations measured on the way, with the 90 % interval expected before each.", "small"
-        ),
+        text(16, 66, "Dots: configurations measured on the way, with the 90 % interval expected before each.", "small"),
     ]
     for index, run in enumerate(runs):
         parts += _panel(LEFT + index * (PANEL + GAP), run)
@@ -65,22 +58,20 @@ def _panel(left: float, run: Found) -> list[str]:
     def y(loss: float) -> float:
         return TOP + HEIGHT * (high - np.clip(log10(max(loss, 1e-12)), low, high)) / (high - low)
 
-    parts = [_text(left, TOP - 10, run.study.title, "panel")]
+    parts = [text(left, TOP - 10, run.study.title, "panel")]
     for power in range(low, high + 1):
         at = y(10.0**power)
-        parts.append(f'<line class="grid" x1="{left}" x2="{left + PANEL}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(_text(left - 8, at + 4, f"{10.0**power:g}", "small", "end"))
-    parts += [_text(x(bits), TOP + HEIGHT + 18, str(bits), "small", "middle") for bits in range(3, 7)]
-    parts.append(_text(left + PANEL / 2, TOP + HEIGHT + 38, "mean bits of a code", "small", "middle"))
+        parts.append(line("grid", left, at, left + PANEL, at))
+        parts.append(text(left - 8, at + 4, f"{10.0**power:g}", "small", "end"))
+    parts += [text(x(bits), TOP + HEIGHT + 18, str(bits), "small", "middle") for bits in range(3, 7)]
+    parts.append(text(left + PANEL / 2, TOP + HEIGHT + 38, "mean bits of a code", "small", "middle"))
     for trial, bits in run.trials:
         if not 2.25 <= bits <= 6.25:
             continue
         if trial.expected:
             mean, deviation = trial.expected
             ends = [y(exp(mean + side * 1.645 * deviation)) for side in (-1, 1)]
-            parts.append(
-                f'<line class="interval" x1="{x(bits):.1f}" x2="{x(bits):.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
-            )
+            parts.append(line("interval", x(bits), ends[0], x(bits), ends[1]))
         parts.append(f'<circle class="trial" cx="{x(bits):.1f}" cy="{y(trial.loss):.1f}" r="2.5"/>')
     for kind, values in (("predicted", run.predicted), ("before", means["unrefined"]), ("after", means["refined"])):
         points = " ".join(f"{x(bits):.1f},{y(loss):.1f}" for bits, loss in sorted(values.items()))
@@ -92,7 +83,3 @@ def _panel(left: float, run: Found) -> list[str]:
             if 2.25 <= bits <= 6.25
         ]
     return parts
-
-
-def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'

@@ -18,7 +18,7 @@ from search.allocation import layer_schemes
 from search.budget import TOLERANCE, Bound
 from search.cost import cost_tables
 from search.proposals import baselines
-from search.refinement import Refinement, Trial, first
+from search.refinement import Refinement, Trial
 from search.space import Space
 from search.surrogate import Features
 from search.sweep import Choice, Sweep
@@ -34,7 +34,7 @@ Floats = NDArray[np.float64]
 @dataclass
 class Found:
     """What came out: method → budget (mean bits of a code) → the losses of the held-out samples, and the seconds of
-    each method; the trials of the refinement, with the average bits of each and whether it was accepted."""
+    each method; the trials of the refinement, with the average bits of each."""
 
     study: Study
     seed: int
@@ -146,11 +146,7 @@ def run(study: Study, seed: int) -> Found:
 
 def refine(loop: Refinement, uniform: list[Choice]) -> None:
     """As `workers.pipeline` does: baselines, predicted frontier, draws, rounds."""
-    loop.whole(uniform, "uniform")
-    predicted, drawn = first(loop.left)
-    frontier = loop.sweep.frontier(loop.surrogate().table)
-    loop.whole(frontier[:predicted], "ilp")
-    loop.whole(loop.drawn(drawn), "ilp")
+    loop.begin(uniform)
     for trials in loop.rounds():
         print(f"  {loop.spent:.1f} evaluations, gain {loop.gain:.2g}, {len(trials)} more", flush=True)
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from benchmarks.svg import drawing, line, text
+
 if TYPE_CHECKING:
     from benchmarks.proxies.results import Result
     from search.agreement import Agreement
@@ -13,9 +15,7 @@ if TYPE_CHECKING:
 LABELS, PANEL, GAP, ROW, TOP, BOTTOM = 190, 210, 40, 26, 106, 40
 LOWEST, TICKS = -0.5, (-0.5, 0.0, 0.5, 1.0)
 STYLE = """
-text { font: 13px system-ui, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #1d2733 }
-.head { font-size: 17px; font-weight: 600 } .small { font-size: 12px; fill: #5b6773 } .panel { font-weight: 600 }
-.grid { stroke: #e3e7eb } .zero { stroke: #9aa5b1 }
+.zero { stroke: #9aa5b1 }
 .interval { stroke: #2563a8; stroke-width: 2.5; stroke-linecap: round }
 .dot { fill: #2563a8 } .control .interval { stroke: #98a2ad } .control .dot { fill: #98a2ad }
 .stripe { fill: #f5f7f9 } .ceiling { fill: #f3e6c8 } .ceiling-line { stroke: #c08a1e; stroke-width: 1.5 }
@@ -30,12 +30,9 @@ def draw_figure(panels: Mapping[str, Sequence[Result]], ceiling: str, controls: 
     width = LABELS + len(panels) * (PANEL + GAP) + 10
     height = TOP + len(rows) * ROW + BOTTOM
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'role="img" aria-label="Rank correlation of predictions with held-out losses, at equal size">',
-        f"<style>{STYLE}</style>",
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        _text(16, 30, "How well metrics rank configurations of equal size", "head"),
-        _text(
+        drawing(width, height, "Rank correlation of predictions with held-out losses, at equal size", STYLE),
+        text(16, 30, "How well metrics rank configurations of equal size", "head"),
+        text(
             16,
             50,
             "Spearman’s ρ with the held-out loss, mean over bands of equal size, and 95 % bootstrap intervals. "
@@ -46,7 +43,7 @@ def draw_figure(panels: Mapping[str, Sequence[Result]], ceiling: str, controls: 
     for index, row in enumerate(rows):
         if index % 2 == 0:
             parts.append(f'<rect class="stripe" x="0" y="{TOP + index * ROW}" width="{width}" height="{ROW}"/>')
-        parts.append(_text(LABELS - 14, TOP + (index + 0.5) * ROW + 4, row, "small" if row in controls else "", "end"))
+        parts.append(text(LABELS - 14, TOP + (index + 0.5) * ROW + 4, row, "small" if row in controls else "", "end"))
     for index, (title, values) in enumerate(found.items()):
         parts += _panel(LABELS + index * (PANEL + GAP), title, values, rows, ceiling, controls)
     return "\n".join([*parts, "</svg>\n"])
@@ -76,31 +73,23 @@ def _panel(
 
     bottom = TOP + len(rows) * ROW
     name, _, shape = title.partition(", ")
-    parts = [_text(left, TOP - 26, name, "panel"), _text(left, TOP - 10, shape, "small")]
+    parts = [text(left, TOP - 26, name, "panel"), text(left, TOP - 10, shape, "small")]
     if top := values.get(ceiling):
         parts.append(
             f'<rect class="ceiling" x="{x(top.low):.1f}" y="{TOP}" width="{x(top.high) - x(top.low):.1f}" '
             f'height="{bottom - TOP}"/>'
         )
-        parts.append(_line("ceiling-line", x(top.value), TOP, x(top.value), bottom))
+        parts.append(line("ceiling-line", x(top.value), TOP, x(top.value), bottom))
     for tick in TICKS:
-        parts.append(_line("grid" if tick else "zero", x(tick), TOP, x(tick), bottom))
-        parts.append(_text(x(tick), bottom + 18, f"{tick:g}".replace("-", "−"), "small", "middle"))
+        parts.append(line("grid" if tick else "zero", x(tick), TOP, x(tick), bottom))
+        parts.append(text(x(tick), bottom + 18, f"{tick:g}".replace("-", "−"), "small", "middle"))
     for index, row in enumerate(rows):
         one, y = values.get(row), TOP + (index + 0.5) * ROW
         if one is None:
-            parts.append(_text(x(0) + 8, y + 4, "left out" if row not in controls else "all equal", "small"))
+            parts.append(text(x(0) + 8, y + 4, "left out" if row not in controls else "all equal", "small"))
             continue
         label = f"{row}: {one.value:.2f} ({one.low:.2f} to {one.high:.2f})"
         parts.append(f'<g class="{"control" if row in controls else "metric"}"><title>{escape(label)}</title>')
-        parts.append(_line("interval", x(one.low), y, x(one.high), y))
+        parts.append(line("interval", x(one.low), y, x(one.high), y))
         parts.append(f'<circle class="dot" cx="{x(one.value):.1f}" cy="{y:.1f}" r="4.5"/></g>')
     return parts
-
-
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
-
-
-def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from sqlalchemy import Engine
+from torch import Tensor
 
+from db.models import put_model
 from tests import models
+from workers.__main__ import Worker
 from workers.models import LoadedModel, load_model
 
 ModelFolder = Callable[[str], Path]
@@ -50,3 +58,41 @@ def datasets_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "datasets"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture
+def digits(engine: Engine, model_folder: Callable[[str], Path], datasets_folder: Path) -> Engine:
+    """An engine with the digits ViT registered, and held-out digits in the data sets folder."""
+    images, labels = models.digits_arrays()
+    np.savez(datasets_folder / "digits.npz", images=images[-models.HELD_OUT :], labels=labels[-models.HELD_OUT :])
+    put_model(engine, "digits-vit", str(model_folder("digits_vit")), None)
+    return engine
+
+
+@pytest.fixture
+def changed(
+    digits: Engine, model_folder: Callable[[str], Path], tmp_path: Path
+) -> Callable[[Callable[[dict[str, Tensor]], None]], None]:
+    """Registers the digits ViT as "changed", after a function has changed its weights in place."""
+
+    def register(change: Callable[[dict[str, Tensor]], None]) -> None:
+        shutil.copytree(model_folder("digits_vit"), tmp_path / "changed")
+        weights = load_file(tmp_path / "changed" / "model.safetensors")
+        change(weights)
+        save_file(weights, tmp_path / "changed" / "model.safetensors", {"format": "pt"})
+        put_model(digits, "changed", str(tmp_path / "changed"), None)
+
+    return register
+
+
+@pytest.fixture
+def worker(digits: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    """A worker at work in a thread."""
+    monkeypatch.setenv("BITFRONTIER_POOL", "inprocess")
+    worker = Worker(digits)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    yield worker
+    worker.stop()
+    thread.join(30)
+    assert not thread.is_alive()

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
-import numpy as np
 import pytest
 from sqlalchemy import Engine
 
 from db.candidates import candidates
-from db.models import get_model, put_model
+from db.models import get_model
 from db.searches import Search, create_search, get_search
 from search.candidate import Candidate
 from search.errors import ExportRefused, InvalidRequest
@@ -18,21 +14,11 @@ from search.exports import EXPORTS, Exported, render
 from search.exports.native import read_native
 from search.inventory import by_whole
 from search.request import SearchRequest
-from tests import models
 from tests.workers.test_pipeline import work
 from workers.evaluator import Evaluator
 from workers.profiling import evaluator_spec
 
 CHANNELS = {"granularity": "channels", "channels": 24}
-
-
-@pytest.fixture
-def digits(engine: Engine, model_folder: Callable[[str], Path], datasets_folder: Path) -> Engine:
-    """An engine with the digits ViT registered, and held-out digits in the data sets folder."""
-    images, labels = models.digits_arrays()
-    np.savez(datasets_folder / "digits.npz", images=images[-models.HELD_OUT :], labels=labels[-models.HELD_OUT :])
-    put_model(engine, "digits-vit", str(model_folder("digits_vit")), None)
-    return engine
 
 
 def searched(engine: Engine, space: dict[str, object], **changes: object) -> tuple[Search, list[Candidate]]:
