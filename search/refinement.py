@@ -1,19 +1,22 @@
 """The loop that corrects predictions by measuring: fit, propose what promises most, race it, fit again.
 
 Predictions say where to look, measurements say how far off they are, and what is measured next is what the frontier is
-expected to gain most from. It ends when the evaluations are spent, or when twice in a row nothing promises to move the
-frontier.
+expected to gain most from. In turn with that, the best configuration of a level is expanded: the gradient of the loss
+there sees how the layers' errors fall in with one another, and says which few of them to change. It ends when the
+evaluations are spent, or when nothing promises to move the frontier any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from search.budget import TOLERANCE
 from search.candidate import Source
+from search.expansion import CHARGE, Expand
 from search.improvement import propose
 from search.racing import Choice, Measure, charged, race
 from search.surrogate import Features, Surrogate
@@ -29,6 +32,10 @@ CALM = 1e-4
 
 DRAWN = 1 / 3
 """Of the first measurements, the share that are drawn at random, so that the errors of the predictions show."""
+
+
+SHARE = 12
+"""A level is expanded if so many evaluations are there for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +58,10 @@ class Trial:
 
 @dataclass(slots=True)
 class Refinement:
-    """What is measured so far, and the means to measure more.
+    """What is measured so far, and the means to measure more; without `expand`, no configuration is expanded.
 
-    `spent` counts evaluations: one is a configuration measured on all the calibration data.
+    `spent` counts evaluations: one is a configuration measured on all the calibration data, and an expansion is several
+    (`search.expansion.CHARGE`).
     """
 
     sweep: Sweep
@@ -64,6 +72,7 @@ class Refinement:
     seed: int = 0
     most_loss: float = np.inf
     together: int = TOGETHER
+    expand: Expand | None = None
     trials: list[Trial] = field(default_factory=list)
     spent: float = 0.0
     gain: float = np.inf
@@ -108,21 +117,51 @@ class Refinement:
     def rounds(self) -> Iterator[list[Trial]]:
         """Propose, race and fit until the evaluations are spent or nothing promises anything; the trials of each
         round."""
-        calm = 0
-        while self.left and calm < 2:
-            fitted = self.surrogate()
-            new, self.gain = propose(
-                fitted,
-                self.sweep,
-                *self._measured(),
-                min(self.together, self.left),
-                self._generator(),
-                self.most_loss,
-            )
-            if not new:
+        calm, expanded = 0, set[bytes]()
+        visits = dict.fromkeys(thinned(self.sweep.roomy, self.left // SHARE), 0)
+        while self.left:
+            level, base = self._unexpanded(visits, expanded)
+            if base is not None:
+                visits[level] += 1
+                expanded.add(base.choice.tobytes())
+                if new := self._neighbours(base, level):
+                    yield self._told(new, "refined", [self._rival(choice) for choice in new], self.surrogate())
+            if calm < 2 and self.left:
+                fitted = self.surrogate()
+                new, self.gain = propose(
+                    fitted,
+                    self.sweep,
+                    *self._measured(),
+                    min(self.together, self.left),
+                    self._generator(),
+                    self.most_loss,
+                )
+                calm = 2 if not new else calm + 1 if self.gain < CALM else 0
+                if new:
+                    yield self._told(new, "refined", [self._rival(choice) for choice in new], fitted)
+            elif base is None:
                 return
-            calm = calm + 1 if self.gain < CALM else 0
-            yield self._told(new, "refined", [self._rival(choice) for choice in new], fitted)
+
+    def _unexpanded(self, visits: Mapping[float, int], expanded: Set[bytes]) -> tuple[float, Trial | None]:
+        """The level that was visited least among those whose best configuration was not expanded, and that one."""
+        if self.expand is None or self.left < CHARGE + 1:
+            return 0.0, None
+        whole = [trial for trial in self.trials if len(trial.samples) == sum(self.batch_sizes)]
+        totals = self.sweep.totals([trial.choice for trial in whole])
+        for level in sorted(visits, key=visits.__getitem__):
+            within = [one for one, total in zip(whole, totals, strict=True) if total <= level * (1 + TOLERANCE)]
+            within = [one for one in within if self.sweep.admits(one.choice)]
+            if within and (best := min(within, key=lambda one: one.loss)).choice.tobytes() not in expanded:
+                return level, best
+        return 0.0, None
+
+    def _neighbours(self, base: Trial, level: float) -> list[Choice]:
+        """What promises something near a configuration, new and as many as are left."""
+        assert self.expand is not None
+        self.spent += CHARGE
+        near = self.expand(base.choice)
+        new = self._new(near.neighbours(self.sweep, level))
+        return [choice for choice in new if near.change(choice) < -CALM * base.loss][: self.left]
 
     def _told(
         self, choices: Sequence[Choice], source: Source, rivals: Sequence[Floats | None], fitted: Surrogate | None

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search import ilp
-from search.budget import Bound
+from search.budget import TOLERANCE, Bound
 from search.cost import Cost, Resource
 
 Floats = NDArray[np.float64]
@@ -50,6 +50,11 @@ class Sweep:
     def limit(self) -> float:
         """The highest level."""
         return float(self.levels[0])
+
+    @property
+    def roomy(self) -> list[float]:
+        """The levels at which there is more than the cheapest allocation."""
+        return [level for level in self.levels.tolist() if level > self.costs[self.axis].smallest * (1 + TOLERANCE)]
 
     @property
     def open(self) -> NDArray[np.bool_]:

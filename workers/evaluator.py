@@ -66,7 +66,7 @@ class Evaluator:
         `sensitivity.variants` stopped, and the next one may go on."""
         for name in self.layers:
             for module in self.modules(name):
-                module.register_forward_pre_hook(_by_position(module), with_kwargs=True)
+                module.register_forward_pre_hook(by_position(module), with_kwargs=True)
             for module in self.modules_that_round(name):
                 module.register_forward_pre_hook(self._round_input(name, module))
 
@@ -281,7 +281,7 @@ def kept_tokens(batch: Batch, x: Tensor) -> Tensor | None:
     return mask.view(-1, 1).to(x) if x.shape[:-1] == (mask.numel(),) else None
 
 
-def _by_position(module: nn.Module) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
+def by_position(module: nn.Module) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
     """A hook after which what a module is called with by name stands in its place: other hooks see no names."""
     signature = inspect.signature(module.forward)
 

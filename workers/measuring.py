@@ -16,6 +16,7 @@ from db.events import add_event
 from db.tables import Stage
 from search.acceptance import accepted, finalists
 from search.candidate import Candidate, Source
+from search.expansion import CHARGE, Expansion
 from search.measurement import metrics
 from search.prices import share_prices
 from search.proposals import Drafts, judge
@@ -26,6 +27,7 @@ from search.sweep import Choice, Sweep
 from workers.calibration import Split
 from workers.profiling import Profile
 from workers.run import Run
+from workers.sensitivity.expansion import expansion
 from workers.tasks import MEASURE, Item, Result, Task
 
 Floats = NDArray[np.float64]
@@ -73,6 +75,16 @@ class Measuring:
         self._progress = (self._progress[0] + share * len(choices), self._progress[1])
         rows = [results[start : start + len(parts)] for start in range(0, len(results), len(parts))]
         return [np.concatenate([part["loss"] for part in row]) for row in rows]
+
+    def expand(self, choice: Choice) -> Expansion:
+        """`search.expansion.Expand`, at so many evaluations."""
+
+        def compute(task: Task, items: Sequence[Item]) -> list[Result]:
+            return self.run.compute(task, items, self._stage, part=(*self._progress, CHARGE / len(items)))
+
+        found = expansion(compute, self.profile.space, self.profile.batch_sizes, choice)
+        self._progress = (self._progress[0] + CHARGE, self._progress[1])
+        return found
 
     def propose(self, labelled: Sequence[tuple[str, Choice]], source: Source) -> None:
         """Make candidates of choices that are going to be measured."""

@@ -82,6 +82,7 @@ def begin(run: Run, profile: Profile, tables: dict[str, Table]) -> tuple[Measuri
         seed=request.calibration.seed,
         most_loss=request.budgets.loss_increase or np.inf,
         together=max(len(run.pool), TOGETHER),
+        expand=measuring.expand,
     )
     return measuring, refinement
 

@@ -8,6 +8,7 @@ import pytest
 
 from search.budget import Bound
 from search.cost import cost_tables
+from search.expansion import CHARGE, Expansion
 from search.pareto import hypervolume
 from search.proposals import baselines
 from search.refinement import TOGETHER, Refinement, first
@@ -186,3 +187,54 @@ def test_where_nothing_loses_anything_there_is_nothing_to_refine() -> None:
     run(loop)
     assert loop.spent <= 40
     assert all(trial.source != "refined" for trial in loop.trials)
+
+
+class Entangled(World):
+    """Units' errors fall in with one another, which no sensitivity of one unit shows: L = |Σ e|² of random vectors."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        rng = np.random.default_rng(100 + seed)
+        self.errors = rng.normal(0, 1, (UNITS, 4, UNITS // 2)) * (self.truth**0.5)[..., None]
+        self.proxy = np.square(self.errors).sum(axis=-1)
+        self.expanded: list[Choice] = []
+
+    def loss(self, choices: Sequence[Choice]) -> np.ndarray:
+        return np.square(self.errors[np.arange(UNITS), np.array(choices)].sum(axis=1)).sum(axis=-1)
+
+    def expand(self, choice: Choice) -> Expansion:
+        """2 eᵀδ + |δ|²: exact for one change."""
+        self.expanded.append(choice)
+        error = self.errors[np.arange(UNITS), choice]
+        changes = self.errors - error[:, None]
+        return Expansion(choice, 2 * changes @ error.sum(axis=0) + np.square(changes).sum(axis=-1))
+
+
+def test_expansions_find_what_interactions_hide() -> None:
+    gains = []
+    for seed in range(3):
+        best = []
+        for expand in (True, False):
+            world = Entangled(seed)
+            loop = refinement(world, 48, bits=4.5, expand=world.expand if expand else None)
+            run(loop)
+            best.append(min(trial.loss for trial in loop.trials if loop.sweep.admits(trial.choice)))
+        gains.append(best[0] / best[1])
+    assert np.exp(np.mean(np.log(gains))) < 0.8
+
+
+def test_an_expansion_is_charged_and_none_is_made_twice() -> None:
+    world = Entangled(1)
+    loop = refinement(world, 60, bits=4.5, expand=world.expand)
+    run(loop)
+    assert len(world.expanded) == len({choice.tobytes() for choice in world.expanded}) > 1
+    assert loop.spent == pytest.approx(world.measured + CHARGE * len(world.expanded))
+    assert loop.spent <= 60
+
+
+def test_few_evaluations_are_all_measurements() -> None:
+    world = Entangled(1)
+    loop = refinement(world, 14, bits=4.5, expand=world.expand)
+    run(loop)
+    assert not world.expanded
+    assert loop.spent == pytest.approx(world.measured)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
-from sqlalchemy import Engine, delete
+from sqlalchemy import Engine, delete, func, select
 
 from db import queue
 from db.candidates import candidates
@@ -496,3 +496,19 @@ def test_every_metric_serves_a_search(digits: Engine) -> None:
     for name, key in done.summary["tables"].items():
         assert Table.from_json(tables[key]).values.shape == (len(done.summary["units"]), len(SCHEMES)), name
     assert all(set(one.predicted) == set(asked) for one in candidates(digits, search.id))
+
+
+def test_a_refinement_expands_the_loss_and_another_search_finds_it_again(digits: Engine) -> None:
+    asked = {"optimizer": {"points": 8, "evaluations": 44}}
+    first = ask(digits, **asked)
+    work(digits)
+    with digits.begin() as connection:
+        assert connection.scalar(select(func.count()).where(ResultRow.kind == "expansion")) > 0
+    again = ask(digits, **asked)
+    work(digits)
+    found = get_search(digits, again.id)
+    assert found.summary is not None
+    assert found.summary["computed"] == 0
+    assert [one.allocation for one in candidates(digits, again.id)] == [
+        one.allocation for one in candidates(digits, first.id)
+    ]

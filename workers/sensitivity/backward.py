@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from search.inventory import by_whole
 from workers.calibration import Batch, sample_count
-from workers.evaluator import Evaluator
+from workers.evaluator import Evaluator, by_position
 from workers.hooks import removing
 from workers.layers import WeightedLayer
 
 LARGE = 2**28
 """Models with more bytes of parameters than this are differentiated one sample at a time, and their blocks'
 activations are computed again when the backward pass reaches them."""
+
+HALF_SCALE = 2.0**10
+"""What a float16 model's gradients are multiplied by on their way back: below 6e-8 float16 has no numbers."""
 
 OnWeight = Callable[[str, Tensor], None]
 """(layer or part, gradient shaped as its weight), once a backward pass, summed over all uses of the weight."""
@@ -37,7 +40,8 @@ def visiting(
     left: OnUse | None = None,
 ) -> Iterator[None]:
     """Within, a backward pass through the model calls `weight` with the gradient of each of `layers`' weights,
-    `entered` with that of its input through this layer alone, `left` with that of its output.
+    `entered` with its input, before a scheme rounds it, and the gradient through this layer alone, `left` with that of
+    its output.
 
     Fused experts have no input and output of their own: of them only the weight is visited. Of parts of layers, too,
     `weight` is called for each, and the others with the whole layer.
@@ -93,6 +97,11 @@ def is_large(evaluator: Evaluator) -> bool:
     return sum(p.numel() * p.element_size() for p in evaluator.loaded.model.parameters()) > LARGE
 
 
+def gradient_scale(evaluator: Evaluator) -> float:
+    """What to begin a backward pass with so much of, and divide all gradients by."""
+    return HALF_SCALE if next(evaluator.loaded.model.parameters()).dtype == torch.float16 else 1.0
+
+
 def _each_visited(layers: list[WeightedLayer], visit: OnWeight, gradient: Tensor) -> None:
     for layer in layers:
         visit(layer.layer.name, layer.of(gradient))
@@ -133,7 +142,12 @@ def _uses_visited(module: nn.Module, name: str, entered: OnUse | None, left: OnU
         # A copy: what follows may change it in place.
         return _visited(output, inputs[0], partial(left, name)).clone()
 
-    hooks = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    # First of all, as what is given by name stands in its place: the evaluator's own hook rounds what is entered.
+    hooks = [
+        module.register_forward_pre_hook(enter, prepend=True),
+        module.register_forward_pre_hook(by_position(module), prepend=True, with_kwargs=True),
+        module.register_forward_hook(leave),
+    ]
     with removing(hooks):
         yield
 

@@ -30,7 +30,7 @@ from workers.calibration import Batch, sample_count
 from workers.evaluator import Evaluator, token_dims
 from workers.loss import score
 from workers.quantizers.activation import round_activation
-from workers.sensitivity.backward import LARGE, is_large, micro_batches_of_split, visiting
+from workers.sensitivity.backward import LARGE, gradient_scale, is_large, micro_batches_of_split, visiting
 from workers.sensitivity.rounding import weight_only
 from workers.sensitivity.table import Subject
 from workers.tasks import Compute, Item, Result, Task
@@ -49,9 +49,6 @@ error. The sketch takes one sample at a time: its rows must not mix samples. The
 take as many."""
 
 SEED = 0
-
-HALF_SCALE = 2.0**10
-"""What a float16 model's score is multiplied by on its way back: below 6e-8 float16 has no numbers."""
 
 
 def sampled(compute: Compute, subject: Subject, name: str) -> list[Result]:
@@ -133,7 +130,7 @@ def _one_pass(evaluator: Evaluator, item: Item, names: Sequence[str], at_once: i
     """Go backwards from a score of each micro-batch of a shard, and hand the gradients to what was asked for."""
     batches = list(micro_batches_of_split(evaluator, item["start"], item["stop"], at_once))
     sizes = [sample_count(batch) for batch, _, _ in batches]
-    scale = HALF_SCALE if next(evaluator.loaded.model.parameters()).dtype == torch.float16 else 1.0
+    scale = gradient_scale(evaluator)
     scores = {name: SCORES[name](evaluator, item, sizes) for name in names}
     squares: Found = {name: {"norm": [0.0] * len(batches)} for name in item["weights"]}
 
