@@ -34,7 +34,7 @@ DRAWN = 1 / 3
 """Of the first measurements, the share that are drawn at random, so that the errors of the predictions show."""
 
 
-SHARE = 12
+SHARE = 9
 """A level is expanded if so many evaluations are there for each."""
 
 
@@ -126,6 +126,9 @@ class Refinement:
                 expanded.add(base.choice.tobytes())
                 if new := self._neighbours(base, level):
                     yield self._told(new, "refined", [self._rival(choice) for choice in new], self.surrogate())
+                if visits[level] == 1:
+                    # One expansion of every level buys more than anything else.
+                    continue
             if calm < 2 and self.left:
                 fitted = self.surrogate()
                 new, self.gain = propose(

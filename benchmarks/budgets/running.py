@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from benchmarks.budgets.studies import Study
 from benchmarks.proxies.measuring import CACHE, fill, remembering
-from benchmarks.rivals.rivals import BUDGETS, STUDIES, allocate, calibration_inputs
+from benchmarks.rivals.rivals import BUDGETS, PACKAGES, STUDIES, allocate, calibration_inputs
 from search.acceptance import accepted, finalists
 from search.allocation import layer_schemes
 from search.budget import TOLERANCE, Bound
 from search.cost import cost_tables
+from search.expansion import Expansion
 from search.proposals import baselines
 from search.refinement import Refinement, Trial
 from search.space import Space
@@ -24,7 +25,8 @@ from search.surrogate import Features
 from search.sweep import Choice, Sweep
 from workers.calibration import Split, sample_count
 from workers.evaluator import Evaluator
-from workers.tasks import content_key
+from workers.sensitivity.expansion import expansion
+from workers.tasks import Item, Result, Task, content_key
 
 METRIC = "fisher"
 
@@ -87,6 +89,24 @@ class Case:
         """Of the calibration split: `search.racing.Measure`."""
         return [self.samples(choice, "calibration", batches) for choice in choices]
 
+    def expand(self, choice: Choice) -> Expansion:
+        """`search.expansion.Expand`."""
+
+        def compute(task: Task, items: Sequence[Item]) -> list[Result]:
+            return [self._computed(task, item) for item in items]
+
+        return expansion(compute, self.space, self.sizes, choice)
+
+    def _computed(self, task: Task, item: Item) -> Result:
+        key = content_key([task.name, task.version, item])
+        if key not in self._known:
+            began = time.perf_counter()
+            result = task.run(self.evaluator, item)
+            self._keep({"key": key, "result": result, "seconds": time.perf_counter() - began})
+        self._spend("expansion", self._known[key]["seconds"])
+        found: Result = self._known[key]["result"]
+        return found
+
     def _keep(self, line: dict[str, object]) -> None:
         self._known[str(line["key"])] = line
         with self._file.open("a") as stream:
@@ -126,17 +146,28 @@ def run(study: Study, seed: int) -> Found:
         }
         began, before = time.perf_counter(), dict(case.spent)
         measured = sum(case.spent.values())
-        loop = Refinement(sweep, Features.of(space, {METRIC: table}), case.measure, case.sizes, study.evaluations, seed)
+        loop = Refinement(
+            sweep,
+            Features.of(space, {METRIC: table}),
+            case.measure,
+            case.sizes,
+            study.evaluations,
+            seed,
+            expand=case.expand,
+        )
         refine(loop, uniform)
         # Fitting takes its time now, measuring took it when it was measured.
         fitting = time.perf_counter() - began - (sum(case.spent.values()) - measured)
         chosen = choose(case, sweep, loop.trials)
-        told = {name: case.spent[name] - before.get(name, 0.0) for name in ("calibration", "acceptance")}
+        told = {
+            name: case.spent.get(name, 0.0) - before.get(name, 0.0)
+            for name in ("calibration", "expansion", "acceptance")
+        }
         found.seconds["refined"] = found.seconds["unrefined"] + sum(told.values()) + max(0.0, fitting)
         found.evaluations = loop.spent
         found.trials = [(trial, cost.total(trial.choice) - scales) for trial in loop.trials]
         report("refined", dict(zip(BUDGETS[::-1], chosen, strict=True)))
-        for rival in ("modelopt", "autoround"):
+        for rival in PACKAGES:
             if study.name in STUDIES[rival]:
                 theirs = allocate(rival, study.name, calibration_inputs(case.evaluator))
                 report(rival, {budget: _choice(space, of) for budget, of in theirs.budgets.items()})

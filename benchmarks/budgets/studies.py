@@ -56,7 +56,7 @@ def smollm2(seed: int) -> Evaluator:
     source = models.smollm2()
     if source is None:
         raise FileNotFoundError("SmolLM2-135M is not there; run scripts/fetch_models.py")
-    return text(source, 8, 256, seed)
+    return text(source, 16, 256, seed)
 
 
 def efficientnet(seed: int) -> Evaluator:
@@ -92,8 +92,8 @@ STUDIES = {
             "SmolLM2-135M, 210 linear layers",
             smollm2,
             tuple(f"w{bits}a16g64" for bits in WIDTHS),
-            72,
-            "8 × 256 tokens of the Python reference",
+            96,
+            "16 × 256 tokens of the Python reference",
             ignore=("model.embed_tokens", "lm_head"),
         ),
     )

@@ -1,7 +1,8 @@
 """ModelOpt's side of rivals.py, run by ModelOpt's own environment: nothing of this project is imported.
 
-`python modelopt_allocate.py STUDY MODEL INPUTS.npz --bits B… --budgets A…` scores once, solves for every budget, and
-prints, as the last line, JSON: every layer's bits by budget, and the seconds of each phase.
+`python modelopt_allocate.py STUDY MODEL INPUTS.npz --bits B… --budgets A… [--grouped]` scores once, solves for every
+budget, and prints, as the last line, JSON: every layer's bits by budget, and the seconds of each phase. With
+`--grouped`, as ModelOpt does if nobody tells it otherwise, q, k and v share their bits, and gate and up theirs.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def main() -> None:
 
 def search(subject: Subject, question: Question) -> dict[str, Any]:
     """The state of `auto_quantize` after a search for the first budget; it holds every layer's score at every width."""
-    # Else the layers that TensorRT-LLM fuses (q, k and v; gate and up) would share their bits.
-    AutoQuantizeSearcher.quant_grouping_rules.clear()
+    if not question.grouped:
+        AutoQuantizeSearcher.quant_grouping_rules.clear()
     inputs = {name: torch.from_numpy(samples).split(subject.size) for name, samples in question.inputs.items()}
     batches = [dict(zip(inputs, batch, strict=True)) for batch in zip(*inputs.values(), strict=True)]
     formats = [weights_only({"num_bits": bits, **subject.scales}) for bits in question.bits]

@@ -25,12 +25,21 @@ WIDTHS = (2, 3, 4, 6, 8)
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
 """Mean bits of a code over the layers of the study, weighted by their parameters; scales are not counted."""
 
-Name = Literal["modelopt", "autoround"]
+Name = Literal["modelopt", "modelopt-grouped", "autoround"]
 
-PACKAGES: dict[Name, str] = {"modelopt": "nvidia-modelopt", "autoround": "auto-round"}
+PACKAGES: dict[Name, str] = {
+    "modelopt": "nvidia-modelopt",
+    "modelopt-grouped": "nvidia-modelopt",
+    "autoround": "auto-round",
+}
 
-STUDIES: dict[Name, tuple[str, ...]] = {"modelopt": ("smollm2", "minilm", "efficientnet"), "autoround": ("smollm2",)}
-"""AutoRound's AutoScheme scores only the linear layers of a model that computes a loss from its own labels."""
+STUDIES: dict[Name, tuple[str, ...]] = {
+    "modelopt": ("smollm2", "minilm", "efficientnet"),
+    "modelopt-grouped": ("smollm2",),
+    "autoround": ("smollm2",),
+}
+"""ModelOpt groups layers of decoders alone. AutoRound's AutoScheme scores only the linear layers of a model that
+computes a loss from its own labels."""
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "benchmarks" / ".cache" / "rivals"
@@ -60,14 +69,17 @@ def allocate(rival: Name, study: str, inputs: dict[str, np.ndarray]) -> Rival:
     """
     if study not in STUDIES[rival]:
         raise ValueError(f"{rival} cannot search '{study}'; it can: {', '.join(STUDIES[rival])}")
-    python = ROOT / f".venv-{rival}" / "bin" / "python"
+    tool, *options = rival.split("-")
+    python = ROOT / f".venv-{tool}" / "bin" / "python"
     if not python.exists():
-        raise FileNotFoundError(f"{rival} is not installed; run: make .venv-{rival}/.done")
-    script = Path(__file__).with_name(f"{rival}_allocate.py")
+        raise FileNotFoundError(f"{tool} is not installed; run: make .venv-{tool}/.done")
+    script = Path(__file__).with_name(f"{tool}_allocate.py")
     key = content_key([rival, _version(python, PACKAGES[rival]), study, _digest(inputs), script.read_text()])
     file = CACHE / f"{rival}-{study}-{key[:16]}.json"
     if not file.exists():
-        found = _run([str(python), str(script), study, str(_source(study))], inputs)
+        found = _run(
+            [str(python), str(script), study, str(_source(study)), *(f"--{option}" for option in options)], inputs
+        )
         CACHE.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found))
     found = json.loads(file.read_text())

@@ -23,13 +23,14 @@ TIE = 1e-9
 @dataclass(frozen=True)
 class Question:
     """A model of a study, the calibration samples by the name of the model's input, the widths that a layer may take,
-    and the budgets: mean bits of a code, scales not counted."""
+    the budgets (mean bits of a code, scales not counted), and whether layers that runtimes fuse share their bits."""
 
     study: str
     model: str
     inputs: dict[str, np.ndarray]
     bits: list[int]
     budgets: list[float]
+    grouped: bool
 
 
 def asked(description: str, studies: Mapping[str, object]) -> Question:
@@ -40,8 +41,9 @@ def asked(description: str, studies: Mapping[str, object]) -> Question:
     parser.add_argument("inputs", help="an .npz file")
     parser.add_argument("--bits", type=int, nargs="+", required=True)
     parser.add_argument("--budgets", type=float, nargs="+", required=True)
+    parser.add_argument("--grouped", action="store_true", help="layers that runtimes fuse share their bits")
     given = parser.parse_args()
-    return Question(given.study, given.model, dict(np.load(given.inputs)), given.bits, given.budgets)
+    return Question(given.study, given.model, dict(np.load(given.inputs)), given.bits, given.budgets, given.grouped)
 
 
 def answer(package: str, model: nn.Module, budgets: dict[float, dict[str, int]], seconds: dict[str, float]) -> None:
