@@ -37,7 +37,7 @@ def test_constraints_are_plain_pins():
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines)
 
 
-@pytest.mark.parametrize("extra", [None, "demo", "dev"])
+@pytest.mark.parametrize("extra", [None, "demo", "gpu", "dev"])
 def test_constraints_pin_every_dependency_within_its_range(extra):
     project = PROJECT["project"]
     texts = project["optional-dependencies"][extra] if extra else project["dependencies"]

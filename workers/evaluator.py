@@ -20,6 +20,8 @@ from search.measurement import Samples, metrics
 from search.request import Calibration
 from search.scheme import FULL_PRECISION, Scheme
 from workers.calibration import Batch, Data, Split, load_data, one_item
+from workers.kernels.backend import deploys
+from workers.kernels.linear import refusal, replacements_of, swap
 from workers.layers import CONVOLUTIONS, Layers, WeightedLayer, enumerate_layers
 from workers.loss import divergence, next_token_loss
 from workers.models import Dtype, LoadedModel, load_model
@@ -55,6 +57,9 @@ class Evaluator:
         self.loaded = loaded
         self.data = data
         self.quantizer = quantizer
+        self.kernels = deploys(loaded.device)
+        """Whether candidates are measured through the kernels that deployment would use."""
+        self._replaced: dict[str, nn.Module] = {}
         self.chain = self._find_chain()
         self.layers = _layers(loaded, self.chain)
         self._originals = {name: layer.parameter.data for name, layer in self.layers.items()}
@@ -108,6 +113,7 @@ class Evaluator:
         """Within, the original weights and activations; then the present allocation again, nothing recomputed."""
         applied, self._applied = self._applied, {}
         rounded = {name: self.layers[name].parameter.data for name in applied}
+        quantized = swap(self.loaded.model, self._replaced)
         try:
             for name in applied:
                 self.layers[name].parameter.data = self._originals[name]
@@ -116,6 +122,31 @@ class Evaluator:
             for name, weight in rounded.items():
                 self.layers[name].parameter.data = weight
             self._applied = applied
+            swap(self.loaded.model, quantized)
+
+    @contextmanager
+    def deployed(self, allocation: Mapping[str, Scheme]) -> Iterator[None]:
+        """Within, the model as `allocation` would run: layers that the kernels can multiply through them, if this
+        evaluator has any, and the others rounded."""
+        through = {name: scheme for name, scheme in allocation.items() if self._through_kernels(name, scheme)}
+        self.apply({name: scheme for name, scheme in allocation.items() if name not in through})
+        model, quantized = self.loaded.model, dict[str, nn.Module]()
+        for name, scheme in through.items():
+            quantized |= replacements_of(model, name, scheme, self.grid(name, scheme))
+        self._replaced = swap(model, quantized)
+        try:
+            yield
+        finally:
+            swap(model, self._replaced)
+            self._replaced = {}
+
+    def _through_kernels(self, name: str, scheme: Scheme) -> bool:
+        """What rounds weights alone is the same either way in float32: integers times scales are exact there."""
+        if not self.kernels or not scheme.quantizes_weights or name not in self.layers:
+            return False
+        if not scheme.quantizes_activations and self.layers[name].parameter.dtype == torch.float32:
+            return False
+        return all(refusal(module, scheme) is None for module in self.modules(name))
 
     def batches(self, split: Split) -> list[Batch]:
         """The batches of a split."""
@@ -161,17 +192,17 @@ class Evaluator:
 
         Raises UnsupportedModel when the output is not finite.
         """
-        self.apply(allocation)
         found: dict[str, list[Tensor]] = {}
-        for index in batches if batches is not None else range(len(self.batches(split))):
-            batch = self.batches(split)[index]
-            output = self.loaded(batch)
-            found.setdefault("loss", []).append(self.losses(batch, output, self.reference(split, index)))
-            if self.loaded.task == "causal-lm":
-                next_token = next_token_loss(output, batch["input_ids"], batch["attention_mask"])
-                found.setdefault("next_token_loss", []).append(next_token)
-            elif "labels" in batch:
-                found.setdefault("correct", []).append(output.argmax(-1) == batch["labels"])
+        with self.deployed(allocation):
+            for index in batches if batches is not None else range(len(self.batches(split))):
+                batch = self.batches(split)[index]
+                output = self.loaded(batch)
+                found.setdefault("loss", []).append(self.losses(batch, output, self.reference(split, index)))
+                if self.loaded.task == "causal-lm":
+                    next_token = next_token_loss(output, batch["input_ids"], batch["attention_mask"])
+                    found.setdefault("next_token_loss", []).append(next_token)
+                elif "labels" in batch:
+                    found.setdefault("correct", []).append(output.argmax(-1) == batch["labels"])
         if not all(losses.isfinite().all() for losses in found["loss"]):
             raise UnsupportedModel(f"the output of this {self.loaded.architecture} is not finite", field="model")
         return {name: torch.cat(values).double().tolist() for name, values in found.items()}

@@ -22,6 +22,7 @@ from tests import models
 from tests.workers.conftest import Loader, ModelFolder
 from workers.calibration import Data, load_data
 from workers.evaluator import Evaluator, EvaluatorSpec, describe_model
+from workers.kernels.linear import QuantLinear
 from workers.models import LoadedModel, load_model
 from workers.quantizers import choose_grid, round_to_grid
 from workers.quantizers.activation import round_activation
@@ -414,3 +415,67 @@ def test_a_model_that_does_not_take_tokens_is_refused(model_folder: ModelFolder,
     ViTModel(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match="ViTModel does not run on one token"):
         describe_model(load_model(str(tmp_path), torch.device("cpu")))
+
+
+class TestThroughKernels:
+    """With BITFRONTIER_KERNELS, or on a GPU, candidates are measured through packed weights."""
+
+    @pytest.fixture(params=["tiny_llama", "digits_resnet"])
+    def both(
+        self, request: pytest.FixtureRequest, loaded: Loader, monkeypatch: pytest.MonkeyPatch
+    ) -> tuple[Evaluator, Evaluator]:
+        """An evaluator that rounds, and one that multiplies by packed weights."""
+        model, other = loaded(request.param), loaded(request.param)
+        if model.is_text:
+            data = load_data(SMALL, model)
+        else:
+            images, labels = models.digits_arrays()
+            batch = {"pixel_values": torch.from_numpy(images[-64:]), "labels": torch.from_numpy(labels[-64:])}
+            data = Data([batch], [batch], [batch], "digits")
+        rounding = Evaluator(model, data)
+        monkeypatch.setenv("BITFRONTIER_KERNELS", "reference")
+        return rounding, Evaluator(other, data)
+
+    @pytest.mark.parametrize("text", ["w4a16", "w6a8", "w8a8"])
+    def test_the_loss_is_what_rounding_gives(self, both: tuple[Evaluator, Evaluator], text: str) -> None:
+        scheme, (rounding, packed) = Scheme.parse(text), both
+        allocation = {
+            name: scheme
+            for name, layer in packed.layers.items()
+            if layer.layer.kind != "embedding" and name != "lm_head"
+        }
+        expected, found = rounding.measure(allocation), packed.measure(allocation)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=5e-3)
+        for name in ("perplexity", "accuracy"):
+            assert found.get(name, 0) == pytest.approx(expected.get(name, 0), rel=1e-3)
+
+    def test_layers_run_packed_within_and_are_themselves_afterwards(self, both: tuple[Evaluator, Evaluator]) -> None:
+        _, packed = both
+        modules = dict(packed.loaded.model.named_modules())
+        name = next(name for name, layer in packed.layers.items() if layer.layer.kind == "linear")
+        batch = packed.batches("calibration")[0]
+        full = packed.loaded(batch)
+        with packed.deployed({name: Scheme(4, 8)}):
+            assert isinstance(packed.loaded.model.get_submodule(name), QuantLinear)
+            assert not torch.equal(packed.loaded(batch), full)
+            with packed.full_precision():
+                assert torch.equal(packed.loaded(batch), full)
+            assert isinstance(packed.loaded.model.get_submodule(name), QuantLinear)
+        assert dict(packed.loaded.model.named_modules()) == modules
+        assert torch.equal(packed.loaded(batch), full)
+
+    def test_what_the_kernels_cannot_multiply_is_rounded(self, both: tuple[Evaluator, Evaluator]) -> None:
+        rounding, packed = both
+        name = next(iter(packed.layers))
+        scheme = Scheme(2, 16)
+        assert packed.measure({name: scheme})["loss"] == pytest.approx(
+            rounding.measure({name: scheme})["loss"], rel=1e-4
+        )
+
+    def test_after_an_error_the_model_is_whole(self, both: tuple[Evaluator, Evaluator]) -> None:
+        _, packed = both
+        name = next(name for name, layer in packed.layers.items() if layer.layer.kind == "linear")
+        before = packed.loaded.model.get_submodule(name)
+        with pytest.raises(ZeroDivisionError), packed.deployed({name: Scheme(4, 8)}):
+            _ = 1 / 0
+        assert packed.loaded.model.get_submodule(name) is before

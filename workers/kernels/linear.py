@@ -1,0 +1,218 @@
+"""Linear layers and convolutions that multiply by packed weights, in place of a model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from search.inventory import whole_and_channels
+from search.scheme import FULL_PRECISION, Scheme
+from workers.kernels.backend import matmul, matmul_codes
+from workers.kernels.errors import KernelError
+from workers.kernels.pack import Packed, check_scheme, check_shape, pack
+from workers.kernels.reference import quantize_activations
+from workers.quantizers import Grid, choose_grid, round_to_grid
+
+
+class QuantLinear(nn.Module):
+    """A linear layer, GPT-2's transposed Conv1D too, with a packed weight; the activations of a token share a scale.
+
+    `backend` names the only backend to use; None: the best there is.
+    """
+
+    tiles: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, packed: Packed, bias: Tensor | None = None, backend: str | None = None) -> None:
+        super().__init__()
+        self.scheme, self.rows, self.columns, self.backend = packed.scheme, packed.rows, packed.columns, backend
+        self.register_buffer("tiles", packed.tiles)
+        # As integers, for `module.to(dtype)` would convert them.
+        self.register_buffer("scales", packed.scales.view(torch.int16))
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, scheme: Scheme, grid: Grid | str, backend: str | None = None
+    ) -> QuantLinear:
+        """The layer with its weight rounded to `grid`, or to the one that the named quantizer chooses.
+
+        Raises KernelError with the reason that `refusal` gives.
+        """
+        return QuantLinear(_packed(linear, scheme, grid), _bias(linear), backend)
+
+    @property
+    def packed(self) -> Packed:
+        """The weight."""
+        return Packed(self.scheme, self.rows, self.columns, self.tiles, self.scales.view(torch.float16))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """… × inputs to … × outputs."""
+        return matmul(input.contiguous(), self.packed, self.bias, self.backend)
+
+    def extra_repr(self) -> str:
+        """As torch prints it."""
+        return f"{self.columns}, {self.rows}, scheme={self.scheme}"
+
+
+class QuantConv2d(QuantLinear):
+    """A convolution as the product of its packed weight and the unfolded image, whose activations share a scale."""
+
+    def __init__(
+        self, convolution: nn.Conv2d, packed: Packed, bias: Tensor | None = None, backend: str | None = None
+    ) -> None:
+        """Take kernel size, stride, padding and dilation from `convolution`."""
+        super().__init__(packed, bias, backend)
+        self.kernel_size, self.stride = convolution.kernel_size, convolution.stride
+        assert isinstance(convolution.padding, tuple)
+        self.padding, self.dilation = convolution.padding, convolution.dilation
+
+    @classmethod
+    def from_convolution(
+        cls, convolution: nn.Conv2d, scheme: Scheme, grid: Grid | str, backend: str | None = None
+    ) -> QuantConv2d:
+        """The convolution with its weight rounded to `grid`, or to the one that the named quantizer chooses.
+
+        Raises KernelError with the reason that `refusal` gives.
+        """
+        return QuantConv2d(convolution, _packed(convolution, scheme, grid), _bias(convolution), backend)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Images × channels × height × width."""
+        packed, (images, _, height, _) = self.packed, input.shape
+        if packed.scheme.quantizes_activations:
+            # Rounded before they are unfolded: as patches they would have a scale each.
+            codes, scales = quantize_activations(input.flatten(1), packed.scheme.activation_bits)
+            patches = self._patches(codes.view(input.shape).to(input.dtype)).to(torch.int8)
+            scales = scales.repeat_interleave(patches.shape[1])
+            output = matmul_codes(patches.flatten(0, 1), scales, packed, self.bias, input.dtype, self.backend)
+        else:
+            output = matmul(self._patches(input), packed, self.bias, self.backend)
+        span = self.dilation[0] * (self.kernel_size[0] - 1) + 1
+        height = (height + 2 * self.padding[0] - span) // self.stride[0] + 1
+        return output.view(images, height, -1, self.rows).permute(0, 3, 1, 2).contiguous()
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """Images × places × inputs of one place."""
+        patches = functional.unfold(images, self.kernel_size, self.dilation, self.padding, self.stride)
+        return patches.transpose(1, 2).contiguous()
+
+
+@contextmanager
+def swapped(
+    model: nn.Module, allocation: Mapping[str, Scheme], quantizer: str = "rtn", backend: str | None = None
+) -> Iterator[None]:
+    """Within, each named layer multiplies by its packed weight, and so does every module that shares the weight.
+
+    Afterwards the very modules are back. Raises KernelError naming the first layer that cannot be multiplied so, with
+    the reason; the model is then untouched.
+    """
+    replacements: dict[str, nn.Module] = {}
+    for name, scheme in allocation.items():
+        if scheme != FULL_PRECISION:
+            replacements |= replacements_of(model, name, scheme, quantizer, backend)
+    originals = swap(model, replacements)
+    try:
+        yield
+    finally:
+        swap(model, originals)
+
+
+def swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put modules in the places that paths name; returns what was there."""
+    before = {path: model.get_submodule(path) for path in modules}
+    for path, module in modules.items():
+        model.set_submodule(path, module)
+    return before
+
+
+def refusal(module: nn.Module, scheme: Scheme) -> str | None:
+    """Why a layer's module cannot multiply by a weight packed in `scheme`; None where it can."""
+    if isinstance(module, nn.Embedding):
+        return "an embedding looks rows up and multiplies nothing"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "its weight is multiplied by the attention around it"
+    if isinstance(module, nn.Conv2d):
+        if module.groups != 1:
+            return f"its {module.groups} groups of channels would be a product each"
+        if module.padding_mode != "zeros" or isinstance(module.padding, str):
+            return f"it pads with {module.padding_mode}, {module.padding}; known is a number of zeros"
+    elif not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+        return f"a {type(module).__name__} is neither linear nor a two-dimensional convolution"
+    for kind in (nn.Linear, nn.Conv2d):
+        if isinstance(module, kind) and type(module).forward is not kind.forward:
+            return f"{type(module).__name__} computes more than {kind.__name__}"
+    try:
+        check_scheme(scheme)
+        check_shape(scheme, *_matrix(module).shape)
+    except KernelError as error:
+        return error.detail
+    return None
+
+
+def pack_rounded(matrix: Tensor, scheme: Scheme, grid: Grid | str) -> Packed:
+    """The codes that `quantizers.round_to_grid` stands for, packed; `grid` may name the quantizer that chooses it."""
+    matrix = matrix.detach().float().contiguous()
+    if isinstance(grid, str):
+        grid = choose_grid(matrix, scheme, grid)
+    # In float32 a rounded weight is its code times its scale exactly, and so is the way back.
+    rounded = round_to_grid(matrix, grid, scheme).view(*grid.scale.shape[:2], -1)
+    codes = (rounded / grid.scale).round().to(torch.int8)
+    return pack(codes.view(matrix.shape), grid.scale.squeeze(-1).contiguous(), scheme)
+
+
+def _packed(module: nn.Module, scheme: Scheme, grid: Grid | str) -> Packed:
+    reason = refusal(module, scheme)
+    if reason is not None:
+        raise KernelError(f"this layer cannot run in {scheme}: {reason}", field="layer", value=type(module).__name__)
+    return pack_rounded(_matrix(module), scheme, grid)
+
+
+def replacements_of(
+    model: nn.Module, name: str, scheme: Scheme, grid: Grid | str, backend: str | None = None
+) -> dict[str, nn.Module]:
+    """By path, what takes the place of each module that holds a layer's weight.
+
+    Raises KernelError naming the layer that cannot be multiplied so, with the reason.
+    """
+    if whole_and_channels(name)[1] is not None:
+        raise KernelError(f"{name} is part of a layer, which has one scheme", field="layer", value=name)
+    try:
+        weight = model.get_submodule(name).weight
+    except AttributeError as error:
+        raise KernelError(f"the model has no layer {name} with one weight", field="layer", value=name) from error
+    holders = {
+        path: module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if getattr(module, "weight", None) is weight
+    }
+    for path, module in holders.items():
+        reason = refusal(module, scheme)
+        if reason is not None:
+            raise KernelError(f"{path} cannot run in {scheme}: {reason}", field="layer", value=path)
+    packed = pack_rounded(_matrix(model.get_submodule(name)), scheme, grid)
+    made = {module: _quantized(module, packed, backend) for module in holders.values()}
+    return {path: made[module] for path, module in holders.items()}
+
+
+def _quantized(module: nn.Module, packed: Packed, backend: str | None) -> QuantLinear:
+    if isinstance(module, nn.Conv2d):
+        return QuantConv2d(module, packed, _bias(module), backend)
+    return QuantLinear(packed, _bias(module), backend)
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight as outputs × inputs."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if type(module).__name__ == "Conv1D" else weight.flatten(1)
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    return module.bias.detach() if isinstance(module.bias, Tensor) else None
