@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --co
 DEMO_MODEL := all-minilm-l6-v2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check bench-search bench-optimizers bench-digits bench-budgets bench-hessian bench-kl bench-minilm bench-pqi bench-proxies bench-modelopt clean
+.PHONY: help demo up test check bench-search bench-optimizers bench-digits bench-budgets bench-hessian bench-kernels bench-kl bench-minilm bench-pqi bench-proxies bench-modelopt clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,8 +18,9 @@ demo: $(VENV)/.demo ## Install, search a real model under a budget, and write de
 up: $(VENV)/.demo ## Start the database, the API and a worker, and keep them running
 	$(BIN)/bitfrontier up
 
+# One thread each: those that wait for one another on busy cores make small work a hundred times slower.
 test: check ## Everything `check` does, then the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.dev ## Lint, format, types and import contracts
 	$(BIN)/ruff check .
@@ -42,6 +43,9 @@ bench-budgets: $(VENV)/.dev .venv-modelopt/.done .venv-autoround/.done ## Held-o
 bench-kl: $(VENV)/.dev ## Time measured divergences with and without reuse (fetches 93 MB, takes 5 minutes)
 	$(BIN)/python scripts/fetch_models.py
 	$(BIN)/python -m benchmarks.kl
+
+bench-kernels: $(VENV)/.dev ## Check and time the GPU kernels; needs a CUDA device and CuPy (takes 10 minutes)
+	$(BIN)/python -m benchmarks.kernels
 
 bench-hessian: $(VENV)/.dev ## Time the probes of the Hessian trace (fetches 93 MB, takes 3 minutes)
 	$(BIN)/python scripts/fetch_models.py

@@ -1,0 +1,1 @@
+"""How fast the kernels are on this GPU, beside others' and beside what its memory allows."""

@@ -1,0 +1,135 @@
+"""The fastest plan of a shape on this GPU: timed when `launch.tune` asks, then remembered in memory and in a file.
+
+Nothing here is needed for the first call: a shape that was never timed has its default plan. The file is JSON under
+XDG_CACHE_HOME, an entry for each GPU, driver, text of the kernels and problem; what no longer is a candidate is passed
+over.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+from workers.kernels.compile import SOURCES
+from workers.kernels.plans import Plan, Problem, bucket, candidates, default
+
+_CHOSEN: dict[Problem, Plan] = {}
+
+
+class Entry(TypedDict):
+    """A plan as the file has it, and what it took."""
+
+    kernel: str
+    slices: int
+    microseconds: float
+
+
+def chosen(problem: Problem) -> Plan:
+    """The plan to use: of the problem's bucket of tokens the one remembered, else the default."""
+    plan = _CHOSEN.get(problem)
+    if plan is None:
+        plan = _CHOSEN[problem] = recalled(problem) or default(problem)
+    return plan
+
+
+def recalled(problem: Problem) -> Plan | None:
+    """The plan that the file has for the problem, if it still is a candidate."""
+    entry = _entries().get(key(problem))
+    if entry is None:
+        return None
+    wanted = (entry["kernel"], entry["slices"])
+    return next((plan for plan in candidates(problem) if (plan.kernel.name, plan.slices) == wanted), None)
+
+
+def remember(problem: Problem, plan: Plan, microseconds: float) -> None:
+    """Use the plan from now on, and in later processes."""
+    _CHOSEN[problem] = plan
+    entry: Entry = {"kernel": plan.kernel.name, "slices": plan.slices, "microseconds": microseconds}
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # All at once: another process may read it at any time.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(_entries() | {key(problem): entry}, file, indent=1)
+    Path(file.name).replace(path)
+
+
+def key(problem: Problem) -> str:
+    """Names all that the fastest plan depends on."""
+    machine = problem.machine
+    parts = (
+        f"{machine.name}, {machine.multiprocessors} multiprocessors, {machine.architecture}",
+        f"driver {machine.driver}",
+        sources_digest(),
+        str(problem.scheme),
+        f"{problem.rows} × {problem.columns} × {bucket(problem.tokens)}",
+        str(problem.dtype).removeprefix("torch."),
+    )
+    return "; ".join(parts)
+
+
+def fastest(plans: Sequence[Plan], runs: Callable[[Plan], Sequence[Callable[[], object]]]) -> tuple[Plan, float]:
+    """Of some plans the one that takes least, and the microseconds of one run.
+
+    `runs` gives calls of the same work on other copies of the weight, larger together than the cache.
+    """
+    times = [graph_microseconds(runs(plan)) for plan in plans]
+    best = min(range(len(plans)), key=times.__getitem__)
+    return plans[best], times[best]
+
+
+def graph_microseconds(runs: Sequence[Callable[[], object]], replays: int = 9, milliseconds: float = 2) -> float:
+    """Of one of `runs`, which take turns in a CUDA graph of some milliseconds: of its replays the median.
+
+    Everything they need must be compiled before.
+    """
+    once = min(_milliseconds(_captured(runs).replay) for _ in range(2))
+    turns = max(1, round(milliseconds / once))
+    graph = _captured([*runs] * turns)
+    graph.replay()
+    return 1e3 * statistics.median(_milliseconds(graph.replay) for _ in range(replays)) / (turns * len(runs))
+
+
+@functools.cache
+def sources_digest() -> str:
+    """Of the text of all kernels, in 16 hexadecimal digits."""
+    texts = [path.read_bytes() for path in sorted(SOURCES.glob("*.cuh"))]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
+
+
+def cache_file() -> Path:
+    """Where plans are remembered."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitfrontier" / "plans.json"
+
+
+def _entries() -> dict[str, Entry]:
+    try:
+        found: dict[str, Entry] = json.loads(cache_file().read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return found
+
+
+def _captured(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    return graph
+
+
+def _milliseconds(work: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
