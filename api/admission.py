@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import Engine
 
+from db.latency import latency_of
 from db.models import get_model, list_models
 from search.errors import InvalidRequest
 from search.feasibility import check_feasible
@@ -14,10 +15,12 @@ from search.targets import find_target
 
 
 def admit(engine: Engine, request: SearchRequest) -> None:
-    """Raise a problem when the model is unknown or, where its layers are known, the space or a budget is impossible.
+    """Raise a problem when the model or its latency profile is unknown or, where its layers are known, the space or a
+    budget is impossible.
 
     A Hugging Face id (`org/name`) that is not registered is admitted unseen.
     """
+    latency = latency_of(engine, request)
     model = get_model(engine, request.model)
     if model is None:
         if "/" in request.model:
@@ -32,4 +35,4 @@ def admit(engine: Engine, request: SearchRequest) -> None:
     if model.inventory is None:
         return
     space = build_space(model.inventory, request.space, find_target(request.target))
-    check_feasible(*costs_and_bounds(space, model.inventory, request.budgets))
+    check_feasible(*costs_and_bounds(space, model.inventory, request.budgets, latency))

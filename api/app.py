@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 from api.body_limit import BodyLimit
 from api.followers import Followers
 from api.problems import add_problem_handlers
-from api.routes import catalog, events, frontier, health, pages, searches
+from api.routes import catalog, events, frontier, health, latency, pages, searches
 from api.settings import Settings
 from db.engine import connect, migrate
 
@@ -56,6 +56,6 @@ def create_app(engine: Engine | None = None, settings: Settings | None = None) -
     app.add_middleware(BodyLimit, most=settings.max_body_bytes)
     app.add_middleware(GZipMiddleware, minimum_size=2000)
     add_problem_handlers(app)
-    for room in (searches, events, frontier, catalog, health, pages):
+    for room in (searches, events, frontier, catalog, latency, health, pages):
         app.include_router(room.router)
     return app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from api.commands import models, processes, search
+from api.commands import latency, models, processes, search
 
 app = typer.Typer(
     name="bitfrontier",
@@ -19,6 +19,7 @@ app.command()(search.show)
 app.command()(search.export)
 app.command()(search.cancel)
 app.add_typer(models.app, name="models")
+app.add_typer(latency.app, name="latency")
 app.command()(processes.worker)
 app.command()(processes.api)
 

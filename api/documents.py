@@ -106,7 +106,7 @@ class Point(_Document):
     fits: bool
     """Whether every budget holds."""
     costs: dict[str, float]
-    """`size_bytes`, `avg_bits`, `bitops`."""
+    """`size_bytes`, `avg_bits`, `bitops`, and `latency_us` where latency is counted."""
     metrics: dict[str, float]
     """Measured: `calibration_loss` on the data that was searched; `acceptance_loss` of those that were considered for
     the frontier; of those that are reported `loss` (with `loss_stderr`) on the held-out split and, where they exist,

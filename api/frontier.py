@@ -14,6 +14,7 @@ from db.searches import Search
 from search import pareto
 from search.budget import BUDGETS, TOLERANCE, cost_bounds
 from search.candidate import Candidate
+from search.errors import InvalidRequest
 
 Included = Literal["baselines", "dominated", "predicted"]
 
@@ -115,8 +116,19 @@ class Frontier:
         return min(fitting, key=self._worth, default=None)
 
     def best_under(self, budgets: Mapping[str, float]) -> Candidate | None:
-        """The point of least loss that keeps these budgets (by name, in their units) in place of the search's own."""
+        """The point of least loss that keeps these budgets (by name, in their units) in place of the search's own.
+
+        Raises InvalidRequest for a budget on what this search does not count.
+        """
         bounds = cost_bounds(budgets)
+        for bound in bounds:
+            if any(bound.resource not in point.costs for point in self.measured):
+                raise InvalidRequest(
+                    f"search {self.search.id} does not count {bound.resource}",
+                    field="under",
+                    value=bound.budget,
+                    accepted="budgets on what it counts: " + ", ".join(self.measured[0].costs),
+                )
         costs = np.array([[point.costs[bound.resource] for bound in bounds] for point in self.measured])
         losses = np.array([point.metrics["loss"] for point in self.measured])
         losses[losses > budgets.get("loss_increase", np.inf)] = np.nan

@@ -7,7 +7,7 @@ import logging
 import math
 import uuid
 from http import HTTPStatus
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -227,11 +227,16 @@ def _names(path: list[Any]) -> list[str]:
     """The fields accepted in the search request at `path`."""
     model: type[BaseModel] = SearchRequest
     for part in path:
-        inner = model.model_fields[str(part)].annotation
-        assert isinstance(inner, type)
-        assert issubclass(inner, BaseModel)
-        model = inner
+        # What is no field is a name, of a limit.
+        if part in model.model_fields:
+            model = _document(model.model_fields[part].annotation) or model
     return list(model.model_fields)
+
+
+def _document(annotation: Any) -> Any:
+    """The document that a field holds, perhaps by name, or may hold."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _as_phrase(text: str | None) -> str | None:
@@ -250,5 +255,5 @@ def _description(path: list[Any]) -> str | None:
         fields = getattr(model, "model_fields", {})
         if part not in fields:
             return None
-        description, model = fields[part].description, fields[part].annotation
+        description, model = fields[part].description, _document(fields[part].annotation)
     return description

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from search.budget import BUDGETS
 
@@ -35,6 +37,7 @@ RESOURCES = {
     "bitops": ResourceText(
         "Bit operations per token or image, 10⁹", "Bit operations", "bit operations", "Gbitops", 1e9, 2
     ),
+    "latency_us": ResourceText("Latency of the layers, ms", "Latency", "milliseconds", "ms", 1e3, 2),
 }
 
 OBJECTIVES = {
@@ -42,19 +45,36 @@ OBJECTIVES = {
     "size_mb": "is the smallest that fits",
     "avg_bits": "has the fewest bits of those that fit",
     "gbitops": "has the fewest bit operations of those that fit",
+    "latency_ms": "is the fastest that fits",
 }
 """What is said of the best point, by what it has least of."""
 
 
 def budget_text(name: str, value: float) -> str:
     """`avg_bits ≤ 4.25` in words."""
-    words = {"avg_bits": "{} bits per weight", "size_mb": "{} MB", "gbitops": "{} Gbitops", "loss_increase": "loss {}"}
+    words = {
+        "avg_bits": "{} bits per weight",
+        "size_mb": "{} MB",
+        "gbitops": "{} Gbitops",
+        "latency_ms": "{} ms",
+        "loss_increase": "loss {}",
+    }
     return "≤ " + words.get(name, "{} " + name).format(f"{value:g}")
 
 
 def budget_resource(name: str) -> str:
     """The resource that a budget bounds."""
     return BUDGETS[name].resource
+
+
+def latency_text(summary: Mapping[str, Any]) -> str:
+    """By what latency is counted, and how far its sums are from forward passes of the whole model."""
+    checks = summary["crosscheck"]
+    words = f"Latency by the profile of {summary['profile']}, {summary['tokens']:,} tokens or images a pass"
+    if not checks:
+        return f"{words}; it has no forward pass of this model to check the sums by."
+    off = [f"{check['scheme']} {check['discrepancy']:+.0%}".replace("-", "−") for check in checks]
+    return f"{words}. The sum of the layers against a forward pass of the whole model: {', '.join(off)}."
 
 
 def loss_text(loss: float | None) -> str:

@@ -24,6 +24,7 @@ BUDGETS = {
     "avg_bits": BudgetUnit("avg_bits", 1.0, "bits per searched weight"),
     "size_mb": BudgetUnit("size_bytes", 1e6, "MB"),
     "gbitops": BudgetUnit("bitops", 1e9, "10⁹ bit operations"),
+    "latency_ms": BudgetUnit("latency_us", 1e3, "ms"),
     "loss_increase": BudgetUnit("loss", 1.0, "measured loss"),
 }
 

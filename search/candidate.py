@@ -14,8 +14,9 @@ class Candidate:
     """One configuration of a search; `number` is its permalink within the search.
 
     `allocation` maps layer names to scheme texts. `predicted` holds a loss per metric, `costs` a total per resource
-    (`size_bytes`, `avg_bits`, `bitops`). `expected` is what all measurements before its own let expect of the loss on
-    held-out data: `loss`, and the ends `low` and `high` of its 90 % interval; empty where nothing was measured before.
+    (`size_bytes`, `avg_bits`, `bitops`, `latency_us`). `expected` is what all measurements before its own let expect of
+    the loss on held-out data: `loss`, and the ends `low` and `high` of its 90 % interval; empty where nothing was
+    measured before.
 
     `metrics` is empty until measured. `calibration_loss` is that on the data that was searched (an estimate where the
     configuration lost its race, see `calibration_share`), `acceptance_loss` that on the data that decides what is

@@ -13,8 +13,8 @@ from search.scheme import Scheme
 from search.space import Space
 
 Resource = str
-"""`size_bytes`, `avg_bits` or `bitops` of the model, or of some layers (`avg_bits of *.down_proj`); `loss` where an
-integer program bounds it."""
+"""`size_bytes`, `avg_bits`, `bitops` or `latency_us` of the model, or of some layers (`avg_bits of *.down_proj`);
+`loss` where an integer program bounds it."""
 
 
 @dataclass(frozen=True, slots=True)

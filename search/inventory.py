@@ -20,7 +20,8 @@ class Layer:
     Rows are output channels (vocabulary entries of an embedding, expert × output channel of fused experts), columns
     what one output channel multiplies. `macs` counts the multiply-accumulates of one input item: one token of text,
     or one image. `block` is the repeated module the layer stands in ("encoder.layer.3"). `aliases` are further
-    modules that share the same weight.
+    modules that share the same weight. For one item it multiplies `calls` times (an embedding: 0), by as many places of
+    the item each time.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Layer:
     macs: int = 0
     block: str | None = None
     aliases: tuple[str, ...] = ()
+    calls: int = 1
 
     @property
     def weights(self) -> int:

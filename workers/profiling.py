@@ -9,6 +9,7 @@ import torch
 from sqlalchemy import Engine
 
 from db import queue
+from db.latency import latency_of
 from db.models import get_model, put_model
 from search.budget import Bound
 from search.cost import Cost, Resource
@@ -43,17 +44,25 @@ class Profile:
     forward_seconds: float
 
 
-def evaluator_spec(engine: Engine, request: SearchRequest) -> EvaluatorSpec:
-    """Where the requested model comes from (a registered source, or the hub), and the data to feed it."""
-    model = get_model(engine, request.model)
-    if model is None and "/" not in request.model:
+def source_of_model(engine: Engine, name: str) -> str:
+    """Where a model comes from: a registered source, or the hub.
+
+    Raises UnsupportedModel for a name that is neither registered nor a hub id.
+    """
+    model = get_model(engine, name)
+    if model is None and "/" not in name:
         raise UnsupportedModel(
-            f"there is no registered model '{request.model}'",
+            f"there is no registered model '{name}'",
             field="model",
-            value=request.model,
+            value=name,
             accepted="a registered name (GET /v1/models), or a Hugging Face id such as org/name",
         )
-    source = model.source if model else HUB + request.model
+    return model.source if model else HUB + name
+
+
+def evaluator_spec(engine: Engine, request: SearchRequest) -> EvaluatorSpec:
+    """Where the requested model comes from (a registered source, or the hub), and the data to feed it."""
+    source = source_of_model(engine, request.model)
     dataset = request.calibration.dataset
     return EvaluatorSpec(
         source=source,
@@ -78,7 +87,8 @@ def profile_model(run: Run) -> Profile:
 
     check_labels(request, labelled=described["labelled"])
     space = build_space(inventory, request.space, find_target(request.target))
-    costs, bounds = costs_and_bounds(space, inventory, request.budgets)
+    latency = latency_of(run.engine, request)
+    costs, bounds = costs_and_bounds(space, inventory, request.budgets, latency)
     if loose := described["used_outside"]:
         run.notice(
             f"the model also uses the weights of {listed(loose)} outside of their layers: kl, pqi, higgs, gradient "
@@ -110,6 +120,8 @@ def profile_model(run: Run) -> Profile:
         "tables": {},
         "metrics": {},
     }
+    if latency is not None:
+        run.summary["latency"] = latency.summary(inventory.digest)
     run.save()
     queue.progress(run.engine, run.claim, "profile", 1, 1)
     return Profile(inventory, space, costs, bounds, over, tuple(described["batch_sizes"]), described["forward_seconds"])

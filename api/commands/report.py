@@ -15,7 +15,7 @@ from rich.text import Text
 from api.commands.client import Client, Event
 from api.commands.console import Refused, out
 from api.metrics import announcement
-from api.resources import RESOURCES, loss_text
+from api.resources import RESOURCES, latency_text, loss_text
 
 
 def follow(client: Client, search_id: int, check: Callable[[], None]) -> None:
@@ -139,5 +139,7 @@ def show(client: Client, search: dict[str, Any]) -> None:
             f"[dim]Losses on held-out data. {summary['evaluations']:.4g} evaluations on the calibration data; "
             f"{told['accepted']} of {told['finalists']} finalists held on data that was not searched{within}.[/]"
         )
+    if summary.get("latency"):
+        out.print(f"[dim]{escape(latency_text(summary['latency']))}[/]")
     if search["state"] == "succeeded" and frontier["best"] is None:
         out.print("[yellow]No measured configuration fits every budget.[/]")

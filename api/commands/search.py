@@ -41,6 +41,10 @@ def search(
     dataset: Annotated[str | None, typer.Option(help="Calibration data.")] = None,
     samples: Annotated[int | None, typer.Option(help="Sequences or images per split.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    latency_profile: Annotated[
+        str | None, typer.Option(help="Device whose latency counts, of those that 'latency list' shows.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens (or images) of a pass whose latency counts.")] = None,
     sensitivity: Annotated[
         str | None,
         typer.Option(help=f"Metrics separated by commas, of {', '.join(METRICS)}. Default: {DEFAULT_METRICS}."),
@@ -52,7 +56,8 @@ def search(
     objective: Annotated[
         str | None,
         typer.Option(
-            help="What the best has least of: loss, or with --budget loss_increase=… size_mb, avg_bits, gbitops."
+            help="What the best has least of: loss, or, with --budget loss_increase=…, "
+            "size_mb, avg_bits, gbitops or latency_ms."
         ),
     ] = None,
     method: Annotated[str | None, typer.Option(help="auto, ilp, refine or evolution.")] = None,
@@ -80,6 +85,7 @@ def search(
             "pin": _pairs(pin or [], "--pin") or None,
         },
         "calibration": {"dataset": dataset, "samples": samples, "sequence_length": sequence_length, "seed": seed},
+        "latency": {"profile": latency_profile, "tokens": tokens},
         "sensitivity": _list(sensitivity),
         "optimizer": {"method": method, "objective": objective, "points": points, "evaluations": evaluations},
     }

@@ -7,7 +7,7 @@ from math import expm1
 
 from api.frontier import Frontier
 from api.pages.charts import baseline_name
-from api.resources import RESOURCES, loss_text
+from api.resources import RESOURCES, latency_text, loss_text
 from db.searches import Search
 from search.budget import BUDGETS
 from search.candidate import Candidate
@@ -189,6 +189,8 @@ def trust_rows(search: Search) -> list[tuple[str, str]]:
     if (told := summary.get("coverage")) and told["points"]:
         within, level = f"{told['within']} of {told['points']}", percent(told["level"])
         rows.append(("Expected", f"{within} reported losses lie within the {level} interval expected before measuring"))
+    if told := summary.get("latency"):
+        rows.append(("Latency", latency_text(told)))
     return rows
 
 

@@ -8,7 +8,7 @@
     lower_bound: "--good", rate_distortion: "--limit",
   };
   const NOTES = { baseline: "--baseline-ink", knee: "--accent" };
-  const NAMES = { avg_bits: "Bits per weight", size_bytes: "Size", bitops: "Bit operations" };
+  const NAMES = { avg_bits: "Bits per weight", size_bytes: "Size", bitops: "Bit operations", latency_us: "Latency" };
   const narrow = () => window.innerWidth < 560;
 
   // What every figure has: fonts, and the page behind it.

@@ -85,7 +85,7 @@ class Configuration(_Strict):
     full_precision: tuple[str, ...]
     """Quantizable layers that were not searched; they stay as they are."""
     costs: dict[str, float]
-    """Total per resource: size_bytes, avg_bits, bitops."""
+    """Total per resource: size_bytes, avg_bits, bitops, and latency_us where latency was counted."""
     predicted: dict[str, float]
     """Predicted loss per sensitivity metric."""
     metrics: dict[str, float]

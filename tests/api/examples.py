@@ -13,6 +13,7 @@ from sqlalchemy import Engine
 
 from db.candidates import put_candidates
 from db.events import add_event
+from db.latency import latency_of
 from db.models import put_model
 from db.queue import claim, fail, progress, succeed
 from db.results import put_result
@@ -147,7 +148,9 @@ def results(engine: Engine, inventory: Inventory, request: SearchRequest) -> tup
     `pqi` is signed, `lrp` a relative score, and both have notes.
     """
     space = build_space(inventory, request.space, find_target(request.target))
-    costs = cost_tables(space, inventory)
+    costs, latency = cost_tables(space, inventory), latency_of(engine, request)
+    if latency is not None:
+        costs["latency_us"] = latency.cost(space)
     chance = np.random.default_rng(7)
     depth = np.linspace(1.6, 0.5, len(space.units))
     weight = np.array([unit.weights for unit in space.units]) / 6e5 * depth * chance.lognormal(0, 0.9, len(space.units))
@@ -240,6 +243,8 @@ def results(engine: Engine, inventory: Inventory, request: SearchRequest) -> tup
         "full_precision": {}, "tables": tables, "metrics": metrics, "reused": 3, "computed": 21,
         "agreement": {metric: {"spearman": 0.98 - place / 50, "points": 20} for place, metric in enumerate(metrics)},
     }  # fmt: skip
+    if latency is not None:
+        summary["latency"] = latency.summary(inventory.digest)
     assert all(a.number < b.number for a, b in pairwise(found))
     return summary, found
 

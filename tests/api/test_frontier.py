@@ -97,7 +97,7 @@ def test_other_budgets_that_make_no_sense_are_refused(client: TestClient, fronti
     problem = answer.json()
     assert problem["field"] == "under"
     assert f"'{under}' is not a budget" in problem["detail"]
-    assert "avg_bits, size_mb, gbitops, loss_increase" in problem["accepted"]
+    assert "avg_bits, size_mb, gbitops, latency_ms, loss_increase" in problem["accepted"]
 
 
 def test_knee_and_hypervolume_are_of_cost_and_log_loss(client: TestClient, frontier: Frontier) -> None:

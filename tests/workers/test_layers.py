@@ -41,6 +41,23 @@ def test_layers_come_in_the_order_they_run_and_idle_ones_are_left_out() -> None:
     assert found["first"].layer == Layer("first", "linear", rows=4, columns=3, macs=12)
 
 
+def test_a_layer_that_runs_several_times_says_how_often() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.step = nn.Embedding(10, 4), nn.Linear(4, 4)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            states = self.table(tokens)
+            for _ in range(3):
+                states = self.step(states)
+            return states @ self.table.weight.T
+
+    found = enumerated(Recurrent(), torch.zeros(1, 5, dtype=torch.long))
+    assert (found["step"].layer.calls, found["step"].layer.macs) == (3, 3 * 5 * 16)
+    assert (found["table"].layer.calls, found["table"].layer.macs) == (0, 0)
+
+
 convolutions = st.builds(
     dict,
     groups=st.sampled_from([1, 2, 4]),
