@@ -83,7 +83,7 @@ def profile_model(run: Run) -> Profile:
     model = get_model(run.engine, request.model)
     if model is None or model.source == spec.source:
         put_model(run.engine, request.model, spec.source, inventory)
-    run.content = Content(inventory.digest, described["data_digest"], request.space.quantizer)
+    run.content = Content(inventory.digest, described["data_digest"], request.space.quantizer, described["arithmetic"])
 
     check_labels(request, labelled=described["labelled"])
     space = build_space(inventory, request.space, find_target(request.target))
@@ -99,6 +99,7 @@ def profile_model(run: Run) -> Profile:
     run.summary |= {
         "model_digest": inventory.digest,
         "data_digest": described["data_digest"],
+        "arithmetic": described["arithmetic"],
         "task": inventory.task,
         "architecture": inventory.architecture,
         "device": _device_name(spec.device),

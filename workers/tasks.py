@@ -29,12 +29,14 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A named function; `version` is raised when its results change; `uses_data`: whether they depend on the data."""
+    """A named function; `version` is raised when its results change; `uses_data`: whether they depend on the data;
+    `deploys`: whether they depend on how an evaluator multiplies by rounded weights."""
 
     name: str
     version: int
     run: Callable[[Evaluator, Item], Result]
     uses_data: bool = True
+    deploys: bool = False
 
 
 class Compute(Protocol):
@@ -52,11 +54,14 @@ class Content:
     model_digest: str
     data_digest: str
     quantizer: str
+    arithmetic: str = "rounding"
+    """How evaluators multiply by rounded weights: `rounding`, or `kernels`."""
 
     def key(self, task: Task, item: Item) -> str:
         """Content key of a result."""
         data = self.data_digest if task.uses_data else None
-        return content_key([task.name, task.version, self.model_digest, data, self.quantizer, item])
+        arithmetic = [self.arithmetic] if task.deploys else []
+        return content_key([task.name, task.version, self.model_digest, data, self.quantizer, *arithmetic, item])
 
     def table_key(self, metric: Metric, space: Space) -> str:
         """Content key of a metric's table over a space."""
@@ -100,6 +105,7 @@ def _describe(evaluator: Evaluator, _item: Item) -> Result:
     return {
         "inventory": evaluator.inventory.to_json(),
         "data_digest": evaluator.data.digest,
+        "arithmetic": "kernels" if evaluator.kernels else "rounding",
         "batch_sizes": list(map(sample_count, batches)),
         "labelled": has_labels(evaluator.loaded.task, batches[0]),
         "full_precision": evaluator.measure({}),
@@ -138,10 +144,10 @@ def _measure(evaluator: Evaluator, item: Item) -> Result:
 
 
 DESCRIBE = Task("describe", 1, _describe)
-"""Item: empty. Result: inventory, digest of the data, sizes of the calibration batches, whether there are labels,
-full-precision metrics, the seconds of a forward pass over the calibration split, and the layers whose weights are
-`used_outside` of them."""
+"""Item: empty. Result: inventory, digest of the data, how it multiplies, sizes of the calibration batches, whether
+there are labels, full-precision metrics, the seconds of a forward pass over the calibration split, and the layers whose
+weights are `used_outside` of them."""
 
-MEASURE = Task("measure", 3, _measure)
+MEASURE = Task("measure", 3, _measure, deploys=True)
 """Item: an `allocation` (layer → scheme text), a `split`, and the first and the end of its `batches` where not all are
 asked for. Result: that of `Evaluator.measure_samples`."""

@@ -512,3 +512,23 @@ def test_a_refinement_expands_the_loss_and_another_search_finds_it_again(digits:
     assert [one.allocation for one in candidates(digits, again.id)] == [
         one.allocation for one in candidates(digits, first.id)
     ]
+
+
+def test_a_search_measures_through_kernels_where_it_is_told_to_and_shares_nothing_with_one_that_rounds(
+    digits: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"space": {"schemes": ["w4a8", "w6a8", "w8a8"]}, "budgets": {"avg_bits": 7}}
+    rounding = ask(digits, **asked)
+    work(digits)
+    monkeypatch.setenv("BITFRONTIER_KERNELS", "reference")
+    packed = ask(digits, **asked)
+    work(digits)
+    told = [get_search(digits, search.id).summary or {} for search in (rounding, packed)]
+    assert [one["arithmetic"] for one in told] == ["rounding", "kernels"]
+    assert told[1]["computed"] >= 10
+    losses = [
+        {one.label: one.metrics["loss"] for one in candidates(digits, search.id) if one.source == "uniform"}
+        for search in (rounding, packed)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
