@@ -21,7 +21,7 @@ from search.request import Calibration
 from search.scheme import FULL_PRECISION, Scheme
 from workers.calibration import Batch, Data, Split, load_data, one_item
 from workers.kernels.backend import deploys
-from workers.kernels.linear import refusal, replacements_of, swap
+from workers.kernels.linear import StandIns, pack_rounded, refusal, reroute, stand_in
 from workers.layers import CONVOLUTIONS, Layers, WeightedLayer, enumerate_layers
 from workers.loss import divergence, next_token_loss
 from workers.models import Dtype, LoadedModel, load_model
@@ -59,7 +59,8 @@ class Evaluator:
         self.quantizer = quantizer
         self.kernels = deploys(loaded.device)
         """Whether candidates are measured through the kernels that deployment would use."""
-        self._replaced: dict[str, nn.Module] = {}
+        self._stand_ins: StandIns = {}
+        self._packed: dict[str, tuple[Scheme, StandIns]] = {}
         self.chain = self._find_chain()
         self.layers = _layers(loaded, self.chain)
         self._originals = {name: layer.parameter.data for name, layer in self.layers.items()}
@@ -113,7 +114,7 @@ class Evaluator:
         """Within, the original weights and activations; then the present allocation again, nothing recomputed."""
         applied, self._applied = self._applied, {}
         rounded = {name: self.layers[name].parameter.data for name in applied}
-        quantized = swap(self.loaded.model, self._replaced)
+        stand_ins = self._multiply_by({})
         try:
             for name in applied:
                 self.layers[name].parameter.data = self._originals[name]
@@ -122,31 +123,46 @@ class Evaluator:
             for name, weight in rounded.items():
                 self.layers[name].parameter.data = weight
             self._applied = applied
-            swap(self.loaded.model, quantized)
+            self._multiply_by(stand_ins)
 
     @contextmanager
     def deployed(self, allocation: Mapping[str, Scheme]) -> Iterator[None]:
         """Within, the model as `allocation` would run: layers that the kernels can multiply through them, if this
         evaluator has any, and the others rounded."""
-        through = {name: scheme for name, scheme in allocation.items() if self._through_kernels(name, scheme)}
-        self.apply({name: scheme for name, scheme in allocation.items() if name not in through})
-        model, quantized = self.loaded.model, dict[str, nn.Module]()
-        for name, scheme in through.items():
-            quantized |= replacements_of(model, name, scheme, self.grid(name, scheme))
-        self._replaced = swap(model, quantized)
+        self.apply(allocation)
+        whole = [name for name, parts in by_whole(allocation).items() if parts == [name]]
+        through = {name: allocation[name] for name in whole if self._through_kernels(name, allocation[name])}
+        # Most of what one candidate packs another has, too.
+        self._packed = {name: self._packed_as(name, scheme) for name, scheme in through.items()}
+        before = self._multiply_by({module: one for _, those in self._packed.values() for module, one in those.items()})
         try:
             yield
         finally:
-            swap(model, self._replaced)
-            self._replaced = {}
+            self._multiply_by(before)
+
+    def _packed_as(self, name: str, scheme: Scheme) -> tuple[Scheme, StandIns]:
+        known = self._packed.get(name)
+        if known is not None and known[0] == scheme:
+            return known
+        matrix = self.layers[name].matrix(self._originals[name])
+        packed = pack_rounded(matrix, scheme, self.grid(name, scheme))
+        return scheme, {module: stand_in(module, packed) for module in self.modules(name)}
+
+    def _multiply_by(self, stand_ins: StandIns) -> StandIns:
+        """Returns what was multiplied by before."""
+        before, self._stand_ins = reroute(self._stand_ins, stand_ins), stand_ins
+        return before
 
     def _through_kernels(self, name: str, scheme: Scheme) -> bool:
         """What rounds weights alone is the same either way in float32: integers times scales are exact there."""
-        if not self.kernels or not scheme.quantizes_weights or name not in self.layers:
+        if not self.kernels or not scheme.quantizes_weights:
             return False
         if not scheme.quantizes_activations and self.layers[name].parameter.dtype == torch.float32:
             return False
-        return all(refusal(module, scheme) is None for module in self.modules(name))
+        # A module that computes as its stand-in does, does not compute as its class.
+        if any(refusal(module, scheme) for module in self.modules(name) if module not in self._stand_ins):
+            return False
+        return bool(self.grid(name, scheme).scale.isfinite().all())
 
     def batches(self, split: Split) -> list[Batch]:
         """The batches of a split."""
@@ -252,7 +268,7 @@ class Evaluator:
     def _round_input(self, name: str, module: nn.Module) -> Any:
         def round_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             scheme = self._applied.get(name, {}).get(name)
-            if scheme is None or not scheme.quantizes_activations:
+            if scheme is None or not scheme.quantizes_activations or _module in self._stand_ins:
                 return None
             return (round_activation(inputs[0], scheme.activation_bits, token_dims(module, inputs[0])), *inputs[1:])
 

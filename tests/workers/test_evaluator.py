@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import ViTConfig, ViTModel
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from search.errors import UnsupportedModel
 from search.inventory import Inventory
@@ -451,17 +451,20 @@ class TestThroughKernels:
 
     def test_layers_run_packed_within_and_are_themselves_afterwards(self, both: tuple[Evaluator, Evaluator]) -> None:
         _, packed = both
-        modules = dict(packed.loaded.model.named_modules())
         name = next(name for name, layer in packed.layers.items() if layer.layer.kind == "linear")
         batch = packed.batches("calibration")[0]
         full = packed.loaded(batch)
         with packed.deployed({name: Scheme(4, 8)}):
-            assert isinstance(packed.loaded.model.get_submodule(name), QuantLinear)
-            assert not torch.equal(packed.loaded(batch), full)
+            assert isinstance(vars(packed.layers[name].module)["forward"].__self__, QuantLinear)
+            rounded = packed.loaded(batch)
+            assert not torch.equal(rounded, full)
             with packed.full_precision():
                 assert torch.equal(packed.loaded(batch), full)
-            assert isinstance(packed.loaded.model.get_submodule(name), QuantLinear)
-        assert dict(packed.loaded.model.named_modules()) == modules
+            assert torch.equal(packed.loaded(batch), rounded)
+            with packed.deployed({}):
+                assert torch.equal(packed.loaded(batch), full)
+            assert isinstance(vars(packed.layers[name].module)["forward"].__self__, QuantLinear)
+        packed.apply({})
         assert torch.equal(packed.loaded(batch), full)
 
     def test_what_the_kernels_cannot_multiply_is_rounded(self, both: tuple[Evaluator, Evaluator]) -> None:
@@ -475,7 +478,44 @@ class TestThroughKernels:
     def test_after_an_error_the_model_is_whole(self, both: tuple[Evaluator, Evaluator]) -> None:
         _, packed = both
         name = next(name for name, layer in packed.layers.items() if layer.layer.kind == "linear")
-        before = packed.loaded.model.get_submodule(name)
         with pytest.raises(ZeroDivisionError), packed.deployed({name: Scheme(4, 8)}):
             _ = 1 / 0
-        assert packed.loaded.model.get_submodule(name) is before
+        assert all("forward" not in vars(module) for module in packed.loaded.model.modules())
+
+    def test_a_weight_that_is_not_finite_is_refused_as_without(self, both: tuple[Evaluator, Evaluator]) -> None:
+        _, packed = both
+        name = next(name for name, layer in packed.layers.items() if layer.layer.kind == "linear")
+        with torch.no_grad():
+            packed._originals[name][0, 0] = torch.nan
+        with pytest.raises(UnsupportedModel, match="not finite"):
+            packed.measure({name: Scheme(4, 8)})
+
+    def test_a_layer_of_which_a_part_has_its_own_scheme_is_rounded(self, both: tuple[Evaluator, Evaluator]) -> None:
+        rounding, packed = both
+        name = next(name for name, layer in packed.layers.items() if layer.layer.kind == "linear")
+        allocation = {name: Scheme(3, 8), packed.layers[name].layer.part(range(0, 4)).name: Scheme(8)}
+        assert packed.measure(allocation)["loss"] == pytest.approx(rounding.measure(allocation)["loss"], rel=1e-4)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_model_may_ask_for_the_weights_of_its_layers(
+        self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A vision transformer takes the type of its first weight; torch's encoder hands weights on."""
+        config = ViTConfig(
+            hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128, image_size=32,
+            patch_size=8, num_channels=4, num_labels=4,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        losses = []
+        batch = {"pixel_values": torch.randn(8, 4, 32, 32).to(dtype)}
+        model = ViTForImageClassification(config).eval().requires_grad_(False).to(dtype)
+        for kernels in (False, True):
+            if kernels:
+                monkeypatch.setenv("BITFRONTIER_KERNELS", "reference")
+            data = Data([batch], [batch], [batch], "images")
+            evaluator = Evaluator(LoadedModel(model, "image-classification", "ViT", "digest"), data)
+            allocation = {name: Scheme(4, 8) for name in evaluator.layers}
+            losses.append(evaluator.measure(allocation)["loss"])
+            evaluator.apply({})
+        assert losses[1] == pytest.approx(losses[0], rel=0.1)
+        assert losses[1] != losses[0]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 
 from search.inventory import whole_and_channels
 from search.scheme import FULL_PRECISION, Scheme
-from workers.kernels.backend import matmul, matmul_codes
+from workers.kernels.backend import INPUT_TYPES, matmul, matmul_codes
 from workers.kernels.errors import KernelError
 from workers.kernels.pack import Packed, check_scheme, check_shape, pack
 from workers.kernels.reference import quantize_activations
@@ -84,8 +85,10 @@ class QuantConv2d(QuantLinear):
         return QuantConv2d(convolution, _packed(convolution, scheme, grid), _bias(convolution), backend)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Images × channels × height × width."""
-        packed, (images, _, height, _) = self.packed, input.shape
+        """Images × channels × height × width, or one image."""
+        if input.dim() == 3:
+            return self.forward(input[None])[0]
+        packed, (images, _, *sizes) = self.packed, input.shape
         if packed.scheme.quantizes_activations:
             # Rounded before they are unfolded: as patches they would have a scale each.
             codes, scales = quantize_activations(input.flatten(1), packed.scheme.activation_bits)
@@ -94,14 +97,20 @@ class QuantConv2d(QuantLinear):
             output = matmul_codes(patches.flatten(0, 1), scales, packed, self.bias, input.dtype, self.backend)
         else:
             output = matmul(self._patches(input), packed, self.bias, self.backend)
-        span = self.dilation[0] * (self.kernel_size[0] - 1) + 1
-        height = (height + 2 * self.padding[0] - span) // self.stride[0] + 1
-        return output.view(images, height, -1, self.rows).permute(0, 3, 1, 2).contiguous()
+        shape = zip(sizes, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        height, width = (
+            (size + 2 * pad - apart * (long - 1) - 1) // step + 1 for size, long, step, pad, apart in shape
+        )
+        return output.view(images, height, width, self.rows).permute(0, 3, 1, 2).contiguous()
 
     def _patches(self, images: Tensor) -> Tensor:
         """Images × places × inputs of one place."""
         patches = functional.unfold(images, self.kernel_size, self.dilation, self.padding, self.stride)
         return patches.transpose(1, 2).contiguous()
+
+
+StandIns = dict[nn.Module, QuantLinear]
+"""By module, the packed layer that computes in its place."""
 
 
 @contextmanager
@@ -110,30 +119,49 @@ def swapped(
 ) -> Iterator[None]:
     """Within, each named layer multiplies by its packed weight, and so does every module that shares the weight.
 
-    Afterwards the very modules are back. Raises KernelError naming the first layer that cannot be multiplied so, with
-    the reason; the model is then untouched.
+    Modules, their weights and their hooks stay where they are: only what they compute changes. Raises KernelError
+    naming the first layer that cannot be multiplied so, with the reason; the model is then untouched.
     """
-    replacements: dict[str, nn.Module] = {}
+    stand_ins: StandIns = {}
     for name, scheme in allocation.items():
         if scheme != FULL_PRECISION:
-            replacements |= replacements_of(model, name, scheme, quantizer, backend)
-    originals = swap(model, replacements)
+            modules = _holders(model, name)
+            for path, module in modules.items():
+                reason = refusal(module, scheme)
+                if reason is not None:
+                    raise KernelError(f"{path} cannot run in {scheme}: {reason}", field="layer", value=path)
+            packed = pack_rounded(_matrix(model.get_submodule(name)), scheme, quantizer)
+            stand_ins |= {module: stand_in(module, packed, backend) for module in modules.values()}
+    before = reroute({}, stand_ins)
     try:
         yield
     finally:
-        swap(model, originals)
+        reroute(stand_ins, before)
 
 
-def swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Put modules in the places that paths name; returns what was there."""
-    before = {path: model.get_submodule(path) for path in modules}
-    for path, module in modules.items():
-        model.set_submodule(path, module)
-    return before
+def reroute(present: StandIns, stand_ins: StandIns) -> StandIns:
+    """Let modules compute as their stand-ins do, and those of `present` as they do themselves; returns `present`.
+
+    Not the modules are replaced but what they compute: a model may read their weights' types, or hook them.
+    """
+    for module in present:
+        vars(module).pop("forward", None)
+    for module, quantized in stand_ins.items():
+        vars(module)["forward"] = quantized.forward
+    return present
+
+
+def stand_in(module: nn.Module, packed: Packed, backend: str | None = None) -> QuantLinear:
+    """The packed layer that computes what a module does, by another weight."""
+    if isinstance(module, nn.Conv2d):
+        return QuantConv2d(module, packed, _bias(module), backend)
+    return QuantLinear(packed, _bias(module), backend)
 
 
 def refusal(module: nn.Module, scheme: Scheme) -> str | None:
     """Why a layer's module cannot multiply by a weight packed in `scheme`; None where it can."""
+    if "forward" in vars(module):
+        return "its forward pass is not that of its class"
     if isinstance(module, nn.Embedding):
         return "an embedding looks rows up and multiplies nothing"
     if isinstance(module, NonDynamicallyQuantizableLinear):
@@ -143,8 +171,12 @@ def refusal(module: nn.Module, scheme: Scheme) -> str | None:
             return f"its {module.groups} groups of channels would be a product each"
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
             return f"it pads with {module.padding_mode}, {module.padding}; known is a number of zeros"
-    elif not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+    elif not isinstance(module, nn.Linear) and not _is_transposed(module):
         return f"a {type(module).__name__} is neither linear nor a two-dimensional convolution"
+    if is_parametrized(module):
+        return "its weight is computed anew every time"
+    if module.weight.dtype not in INPUT_TYPES:
+        return f"its weight is {module.weight.dtype}"
     for kind in (nn.Linear, nn.Conv2d):
         if isinstance(module, kind) and type(module).forward is not kind.forward:
             return f"{type(module).__name__} computes more than {kind.__name__}"
@@ -174,44 +206,29 @@ def _packed(module: nn.Module, scheme: Scheme, grid: Grid | str) -> Packed:
     return pack_rounded(_matrix(module), scheme, grid)
 
 
-def replacements_of(
-    model: nn.Module, name: str, scheme: Scheme, grid: Grid | str, backend: str | None = None
-) -> dict[str, nn.Module]:
-    """By path, what takes the place of each module that holds a layer's weight.
-
-    Raises KernelError naming the layer that cannot be multiplied so, with the reason.
-    """
+def _holders(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """By path, the modules that hold a layer's weight."""
     if whole_and_channels(name)[1] is not None:
         raise KernelError(f"{name} is part of a layer, which has one scheme", field="layer", value=name)
     try:
-        weight = model.get_submodule(name).weight
+        own = model.get_submodule(name)
+        weight = own.weight
     except AttributeError as error:
         raise KernelError(f"the model has no layer {name} with one weight", field="layer", value=name) from error
-    holders = {
-        path: module
-        for path, module in model.named_modules(remove_duplicate=False)
-        if getattr(module, "weight", None) is weight
-    }
-    for path, module in holders.items():
-        reason = refusal(module, scheme)
-        if reason is not None:
-            raise KernelError(f"{path} cannot run in {scheme}: {reason}", field="layer", value=path)
-    packed = pack_rounded(_matrix(model.get_submodule(name)), scheme, grid)
-    made = {module: _quantized(module, packed, backend) for module in holders.values()}
-    return {path: made[module] for path, module in holders.items()}
-
-
-def _quantized(module: nn.Module, packed: Packed, backend: str | None) -> QuantLinear:
-    if isinstance(module, nn.Conv2d):
-        return QuantConv2d(module, packed, _bias(module), backend)
-    return QuantLinear(packed, _bias(module), backend)
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: own} | {path: one for path, one in modules if getattr(one, "weight", None) is weight}
 
 
 def _matrix(module: nn.Module) -> Tensor:
     """The weight as outputs × inputs."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.T if type(module).__name__ == "Conv1D" else weight.flatten(1)
+    return weight.T if _is_transposed(module) else weight.flatten(1)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether it is GPT-2's Conv1D, which stores inputs × outputs."""
+    return type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor) and module.weight.dim() == 2
 
 
 def _bias(module: nn.Module) -> Tensor | None:

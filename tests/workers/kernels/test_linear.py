@@ -117,6 +117,14 @@ class TestConvolution:
         assert found.is_contiguous()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("text", ["w4a16", "w6a8"])
+    @torch.no_grad()
+    def test_takes_one_image_and_none(self, text: str) -> None:
+        convolution = QuantConv2d.from_convolution(nn.Conv2d(32, 4, 3, padding=1), Scheme.parse(text), "rtn")
+        images = torch.randn(2, 32, 5, 4)
+        torch.testing.assert_close(convolution(images[0]), convolution(images)[0])
+        assert convolution(images[:0]).shape == (0, 4, 5, 4)
+
     def test_of_an_image_that_is_not_finite_is_nan_alone(self) -> None:
         convolution = QuantConv2d.from_convolution(nn.Conv2d(32, 4, 1), Scheme(6, 8), "rtn")
         images = torch.randn(2, 32, 3, 3)
@@ -181,26 +189,44 @@ class Tied(nn.Module):
 
 class TestSwapped:
     @torch.no_grad()
-    def test_replaces_a_layer_and_its_aliases_and_puts_the_very_modules_back(self) -> None:
+    def test_a_layer_and_its_aliases_multiply_by_packed_weights_and_then_by_their_own(self) -> None:
         model, x, scheme = seeded(Tied), torch.randn(5, 64), Scheme(4, 16, 32)
-        modules, before = list(model.named_modules(remove_duplicate=False)), model(x)
+        before = model(x)
         with swapped(model, {"blocks.0": scheme, "apart": FULL_PRECISION}):
             inside = model(x)
-            assert model.again is model.blocks[0]
-            assert [type(block) for block in model.blocks] == [QuantLinear, QuantLinear]
-            assert model.blocks[0].tiles is model.blocks[1].tiles
-            assert type(model.apart) is nn.Linear
-        assert list(model.named_modules(remove_duplicate=False)) == modules
+            stand_ins = [vars(block)["forward"].__self__ for block in model.blocks]
+            assert [type(one) for one in stand_ins] == [QuantLinear, QuantLinear]
+            assert stand_ins[0].tiles is stand_ins[1].tiles
+            assert "forward" not in vars(model.apart)
+        assert all("forward" not in vars(module) for module in model.modules())
         assert torch.equal(model(x), before)
         model.blocks[0].weight.copy_(faked(model.blocks[0].weight, scheme))
         torch.testing.assert_close(inside, model(x), rtol=1e-5, atol=1e-5)
 
-    def test_puts_the_modules_back_after_an_error(self) -> None:
+    def test_leaves_nothing_behind_after_an_error(self) -> None:
         model = seeded(Tied)
-        modules = list(model.named_modules(remove_duplicate=False))
         with pytest.raises(ZeroDivisionError), swapped(model, {"apart": Scheme(8, 8)}):
             raise ZeroDivisionError
-        assert list(model.named_modules(remove_duplicate=False)) == modules
+        assert all("forward" not in vars(module) for module in model.modules())
+
+    @torch.no_grad()
+    def test_weights_and_hooks_stay_where_a_model_looks_for_them(self) -> None:
+        model, heard = seeded(Tied), []
+        model.apart.register_forward_hook(lambda _module, _inputs, output: heard.append(output))
+        weight = model.apart.weight
+        with swapped(model, {"apart": Scheme(8, 8)}):
+            output = model(torch.randn(2, 64))
+            assert model.apart.weight is weight
+        assert torch.equal(heard[0], output)
+
+    def test_a_layer_that_computes_otherwise_than_its_class_is_refused(self) -> None:
+        model = seeded(Tied)
+        model.apart.forward = lambda x: x
+        with pytest.raises(KernelError, match="not that of its class"), swapped(model, {"apart": Scheme(8, 8)}):
+            pass
+        torch.nn.utils.parametrizations.weight_norm(model.blocks[1])
+        assert "computed anew" in str(refusal(model.blocks[1], Scheme(8)))
+        assert "float64" in str(refusal(nn.Linear(64, 8).double(), Scheme(8)))
 
     @pytest.mark.parametrize(
         ("name", "reason"),
@@ -213,10 +239,9 @@ class TestSwapped:
     )
     def test_refuses_before_it_touches_the_model(self, name: str, reason: str) -> None:
         model = seeded(Tied)
-        modules = list(model.named_modules(remove_duplicate=False))
         with pytest.raises(KernelError, match=reason), swapped(model, {"apart": Scheme(4), name: Scheme(4)}):
             pass
-        assert list(model.named_modules(remove_duplicate=False)) == modules
+        assert all("forward" not in vars(module) for module in model.modules())
 
 
 def text_evaluator(model: LoadedModel) -> Evaluator:
