@@ -2,7 +2,7 @@
 
 Nothing here is needed for the first call: a shape that was never timed has its default plan. The file is JSON under
 XDG_CACHE_HOME, an entry for each GPU, driver, text of the kernels and problem; what no longer is a candidate is passed
-over.
+over, and so is what cannot be read.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import hashlib
 import json
 import os
 import statistics
-import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
-from workers.kernels.compile import SOURCES
+from workers.kernels.compile import SOURCES, write_at_once
 from workers.kernels.plans import Plan, Problem, bucket, candidates, default
 
 _CHOSEN: dict[Problem, Plan] = {}
@@ -44,22 +44,20 @@ def chosen(problem: Problem) -> Plan:
 def recalled(problem: Problem) -> Plan | None:
     """The plan that the file has for the problem, if it still is a candidate."""
     entry = _entries().get(key(problem))
-    if entry is None:
+    if not isinstance(entry, dict):
         return None
-    wanted = (entry["kernel"], entry["slices"])
+    wanted = (entry.get("kernel"), entry.get("slices"))
     return next((plan for plan in candidates(problem) if (plan.kernel.name, plan.slices) == wanted), None)
 
 
 def remember(problem: Problem, plan: Plan, microseconds: float) -> None:
-    """Use the plan from now on, and in later processes."""
+    """Use the plan from now on, and in later processes; where the file cannot be written, warn that they will not."""
     _CHOSEN[problem] = plan
     entry: Entry = {"kernel": plan.kernel.name, "slices": plan.slices, "microseconds": microseconds}
-    path = cache_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # All at once: another process may read it at any time.
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(_entries() | {key(problem): entry}, file, indent=1)
-    Path(file.name).replace(path)
+    try:
+        write_at_once(cache_file(), json.dumps(_entries() | {key(problem): entry}, indent=1).encode())
+    except OSError as error:
+        warnings.warn(f"the fastest plan is forgotten when this process ends: {error}", stacklevel=2)
 
 
 def key(problem: Problem) -> str:
@@ -76,18 +74,22 @@ def key(problem: Problem) -> str:
     return "; ".join(parts)
 
 
-def fastest(plans: Sequence[Plan], runs: Callable[[Plan], Sequence[Callable[[], object]]]) -> tuple[Plan, float]:
-    """Of some plans the one that takes least, and the microseconds of one run.
+def fastest(
+    plans: Sequence[Plan], runs: Callable[[Plan], Sequence[Callable[[], object]]], device: torch.device
+) -> tuple[Plan, float]:
+    """Of some plans the one that takes least on a device, and the microseconds of one run.
 
     `runs` gives calls of the same work on other copies of the weight, larger together than the cache.
     """
-    times = [graph_microseconds(runs(plan)) for plan in plans]
+    with torch.cuda.device(device):
+        times = [graph_microseconds(runs(plan)) for plan in plans]
     best = min(range(len(plans)), key=times.__getitem__)
     return plans[best], times[best]
 
 
 def graph_microseconds(runs: Sequence[Callable[[], object]], replays: int = 9, milliseconds: float = 2) -> float:
-    """Of one of `runs`, which take turns in a CUDA graph of some milliseconds: of its replays the median.
+    """Of one of `runs` on the current device, where they take turns in a CUDA graph of some milliseconds: of its
+    replays the median.
 
     Everything they need must be compiled before.
     """
@@ -110,20 +112,27 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitfrontier" / "plans.json"
 
 
-def _entries() -> dict[str, Entry]:
+def _entries() -> dict[str, Any]:
+    """What the file has, nothing where it has no object. Its values may be anything."""
     try:
-        found: dict[str, Entry] = json.loads(cache_file().read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        found = json.loads(cache_file().read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def _captured(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=_capture_stream(torch.cuda.current_device())):
         for run in runs:
             run()
     return graph
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """Torch's own for captures lies on whatever device was current at the first."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _milliseconds(work: Callable[[], object]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -25,6 +26,9 @@ INPUT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 class Backend(Protocol):
     """Multiplies tokens by packed weights. All arguments have been checked, and lie on one device."""
+
+    def device_refusal(self, device: torch.device) -> str | None:
+        """Why it can multiply nothing on a device; None where it can multiply something."""
 
     def refusal(self, packed: Packed, tokens: int, dtype: torch.dtype) -> str | None:
         """Why it cannot multiply that many tokens by this weight, with results of this type; None where it can."""
@@ -55,6 +59,10 @@ def backend(name: str) -> Callable[[type[Backend]], type[Backend]]:
 class Reference:
     """Plain torch: refuses nothing."""
 
+    def device_refusal(self, device: torch.device) -> str | None:
+        """None."""
+        return None
+
     def refusal(self, packed: Packed, tokens: int, dtype: torch.dtype) -> str | None:
         """None."""
         return None
@@ -82,7 +90,8 @@ def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None, backend: str |
     _check_bias(bias, packed)
     tokens = x.view(-1, packed.columns)
     chosen = choose(packed, len(tokens), x.dtype, backend)
-    return chosen.matmul(tokens, packed, bias).view(*x.shape[:-1], packed.rows)
+    with _as_written(packed.device):
+        return chosen.matmul(tokens, packed, bias).view(*x.shape[:-1], packed.rows)
 
 
 @torch.no_grad()
@@ -103,7 +112,8 @@ def matmul_codes(
     check_tensor("token_scales", token_scales, (torch.float32,), (len(codes),), packed.device)
     _check_bias(bias, packed)
     chosen = choose(packed, len(codes), out_dtype, backend)
-    return chosen.matmul_codes(codes, token_scales, packed, bias, out_dtype)
+    with _as_written(packed.device):
+        return chosen.matmul_codes(codes, token_scales, packed, bias, out_dtype)
 
 
 def choose(packed: Packed, tokens: int, dtype: torch.dtype, name: str | None = None) -> Backend:
@@ -115,9 +125,7 @@ def choose(packed: Packed, tokens: int, dtype: torch.dtype, name: str | None = N
     name = name or os.environ.get(VARIABLE)
     if not name:
         return BACKENDS[_able(packed, tokens, dtype)[-1]]
-    if name not in BACKENDS:
-        raise refused(field, name, sorted(BACKENDS))
-    reason = BACKENDS[name].refusal(packed, tokens, dtype)
+    reason = _named(name, field).refusal(packed, tokens, dtype)
     if reason is not None:
         raise KernelError(
             f"{name} cannot multiply {tokens} × {packed.columns} tokens by {packed.rows} × {packed.columns} weights "
@@ -130,9 +138,33 @@ def choose(packed: Packed, tokens: int, dtype: torch.dtype, name: str | None = N
 
 
 def deploys(device: torch.device) -> bool:
-    """Whether models on a device are to be measured through packed weights: where there are kernels for it, or where
-    BITFRONTIER_KERNELS names a backend."""
-    return bool(os.environ.get(VARIABLE)) or (device.type == "cuda" and "cupy" in BACKENDS)
+    """Whether models on a device are to be measured through packed weights: where another backend than the reference
+    can multiply on it, or where BITFRONTIER_KERNELS names a backend.
+
+    Raises KernelError where the named one does not exist or can multiply nothing on the device.
+    """
+    able = [name for name, backend in BACKENDS.items() if backend.device_refusal(device) is None]
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return able != ["reference"]
+    reason = _named(name, VARIABLE).device_refusal(device)
+    if reason is not None:
+        detail = f"{name} cannot multiply on {device}: {reason}"
+        raise KernelError(detail, field=VARIABLE, value=name, accepted=able)
+    return True
+
+
+def _named(name: str, field: str) -> Backend:
+    if name not in BACKENDS:
+        raise refused(field, name, sorted(BACKENDS))
+    return BACKENDS[name]
+
+
+def _as_written(device: torch.device) -> AbstractContextManager[object]:
+    """Within, torch computes in the types that it is given: autocast would round sums that must be exact."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    # Entering it for nothing takes as long as a small product on a GPU.
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _able(packed: Packed, tokens: int, dtype: torch.dtype) -> list[str]:

@@ -6,6 +6,7 @@ never picks sm_90a; so the machine code is made here and CuPy only loads it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -53,10 +54,9 @@ class Compiled:
 def compile_source(text: str, architecture: str) -> Compiled:
     """Compile a program for `architecture`; its `#include "…"` are our own sources.
 
-    Raises KernelError with the compiler's log.
+    Raises KernelError with the compiler's log, or where there is no compiler.
     """
-    from cupy.cuda import nvrtc
-
+    nvrtc = _nvrtc()
     program = nvrtc.createProgram(inlined(text), "kernels.cu", (), ())
     try:
         nvrtc.compileProgram(program, options(architecture))
@@ -70,20 +70,27 @@ def compile_source(text: str, architecture: str) -> Compiled:
 
 
 def load_module(text: str, architecture: str) -> Any:
-    """The program as a `cupy.RawModule` on the present device; its machine code is kept in CuPy's cache folder."""
+    """The program as a `cupy.RawModule` on the present device; its machine code is kept in CuPy's cache folder.
+
+    Where that cannot be written, it is kept until this process ends. Raises KernelError as `compile_source`.
+    """
     import cupy
 
-    path = _cache_folder() / f"bitfrontier-{key(text, architecture)}.cubin"
-    if not path.exists():
-        _write(path, compile_source(text, architecture).cubin)
+    name = f"bitfrontier-{key(text, architecture)}.cubin"
+    path = _cache_folder() / name
+    if not os.access(path, os.R_OK):
+        cubin = compile_source(text, architecture).cubin
+        try:
+            write_at_once(path, cubin)
+        except OSError:
+            path = Path(_temporary_folder().name) / name
+            write_at_once(path, cubin)
     return cupy.RawModule(path=str(path))
 
 
 def key(text: str, architecture: str) -> str:
     """Names the machine code of a program: a digest of all its text, the options and the compiler."""
-    from cupy.cuda import nvrtc
-
-    parts = (inlined(text), architecture, *_FLAGS, str(nvrtc.getVersion()))
+    parts = (inlined(text), architecture, *_FLAGS, str(_nvrtc().getVersion()))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -119,6 +126,20 @@ def options(architecture: str) -> tuple[str, ...]:
     return (f"-arch={architecture}", *_FLAGS)
 
 
+def write_at_once(path: Path, content: bytes) -> None:
+    """Write a file that another process may read at any time. Raises OSError, and leaves nothing behind then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        written = Path(file.name)
+        try:
+            file.write(content)
+            file.flush()
+            written.replace(path)
+        except OSError:
+            written.unlink()
+            raise
+
+
 def _compiled(cubin: bytes, log: str) -> Compiled:
     resources = {
         name: Resources(registers=int(registers), stack_bytes=int(stack), spill_bytes=int(stores) + int(loads))
@@ -131,9 +152,18 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
 
 
-def _write(path: Path, content: bytes) -> None:
-    """All at once: another process may read the file at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    Path(file.name).replace(path)
+@functools.cache
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Of this process alone: what others could write would be run."""
+    return tempfile.TemporaryDirectory(prefix="bitfrontier-")
+
+
+def _nvrtc() -> Any:
+    """The compiler. CuPy looks for its library only when it is first asked something."""
+    try:
+        from cupy.cuda import nvrtc
+
+        nvrtc.getVersion()
+    except (ImportError, RuntimeError) as error:
+        raise KernelError(f"kernels cannot be compiled: {error}", field="compiler", value="NVRTC") from error
+    return nvrtc

@@ -24,7 +24,7 @@ from workers.kernels.errors import KernelError
 from workers.kernels.pack import TILE_COLUMNS, TILE_ROWS, Packed
 from workers.kernels.plans import MOST_PER_DECODE, Machine, Plan, Problem, bucket, candidates
 
-ARCHITECTURES = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a"}
+ARCHITECTURES = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a"}
 """By compute capability, what kernels are compiled for."""
 
 ALIGNMENT = 16
@@ -38,10 +38,12 @@ _TICKETS: dict[tuple[torch.device, int], Tensor] = {}
 class Cupy:
     """Our kernels on CUDA devices from compute capability 8.0 to 9.0."""
 
+    def device_refusal(self, device: torch.device) -> str | None:
+        """Why no kernel of ours runs on a device; None where they do."""
+        return _device_refusal(device)
+
     def refusal(self, packed: Packed, tokens: int, dtype: torch.dtype) -> str | None:
         """Why no kernel of ours can multiply this; None where one can."""
-        if packed.device.type != "cuda":
-            return f"the weight lies on {packed.device}, not on a CUDA device"
         reason = _device_refusal(packed.device)
         if reason is not None:
             return reason
@@ -97,7 +99,7 @@ def tune(packed: Packed, tokens: int, dtype: torch.dtype) -> Plan:
             multiply(plan, x, packed, None)
             return [functools.partial(multiply, plan, x, copy, None) for copy in copies]
 
-        autotune.remember(wanted, *autotune.fastest(plans, runs))
+        autotune.remember(wanted, *autotune.fastest(plans, runs, packed.device))
     return autotune.chosen(wanted)
 
 
@@ -202,6 +204,8 @@ def machine(device: torch.device) -> Machine:
 
 @functools.cache
 def _device_refusal(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"kernels run on CUDA devices, not on {device}"
     if torch.version.cuda is None:
         return "torch was not built for CUDA"
     capability = torch.cuda.get_device_capability(device)

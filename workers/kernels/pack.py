@@ -36,8 +36,9 @@ ROW_MULTIPLE = 64
 COLUMN_MULTIPLE = 32
 """Inputs come in multiples of this: the inputs of one integer MMA."""
 
-MOST_COLUMNS = 131_072
-"""Above it, the sum of products of 8-bit codes may leave int32."""
+MOST_COLUMNS = 130_944
+"""So many products of −128 by −128 stay below 2^31, where 128 more would leave int32: kernels may sum weights of any
+width as the upper bits of a byte, and given codes are not looked at."""
 
 _SCALE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

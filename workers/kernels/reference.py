@@ -7,11 +7,17 @@ Integer activations: exact int32 sums of products of codes, then float32 scales,
 
 then + bias, then rounded to the output type. Where K is cut into parts for the warps of several slices (CTAs), f starts
 anew in each part; the warps of a slice are added in order, then the slices are. 16-bit activations:
-y = Σ_k x_k·(w_k·scale) in float32, in no particular order. A kernel lies within
+y = Σ_k x_k·(w_k·scale) in float32, in no particular order. In decode, a kernel lies within
 
     4·K·2⁻²⁴·Σ_k |x_k·w_k·scale|
 
 of it, before the rounding to the output type: both sums have K terms, and tensor cores cut off where torch rounds.
+Prefill rounds each w_k·scale, and the bias, to the activations' type first, and leaves the sum to cuBLAS: the bound is
+
+    (u + 4·K·2⁻²⁴)·Σ_k |x_k·w_k·scale| + u·|bias|,    u = 2⁻¹¹ in float16, 2⁻⁸ in bfloat16
+
+where float16 represents the weights as normal numbers (from 2⁻¹⁴ to 65504 in magnitude; a smaller one is off by up to
+2⁻²⁵), and where torch may not add parts of a sum in 16 bits (`allow_fp16_reduced_precision_reduction`, and bf16's).
 """
 
 from __future__ import annotations

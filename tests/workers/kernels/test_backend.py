@@ -11,13 +11,16 @@ from torch import Tensor
 
 from search.scheme import Scheme
 from workers.kernels import backend, reference
-from workers.kernels.backend import BACKENDS, matmul, matmul_codes
+from workers.kernels.backend import BACKENDS, deploys, matmul, matmul_codes
 from workers.kernels.errors import KernelError
 from workers.kernels.pack import Packed, pack
 
 
 class OfEight:
-    """A backend that multiplies only 8-bit weights, and answers with sevens."""
+    """A backend that multiplies only 8-bit weights on a CPU, and answers with sevens."""
+
+    def device_refusal(self, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else "it multiplies on CPUs only"
 
     def refusal(self, packed: Packed, tokens: int, dtype: torch.dtype) -> str | None:
         return None if packed.scheme.weight_bits == 8 else "it multiplies weights of 8 bits only"
@@ -97,6 +100,19 @@ class TestProduct:
         assert torch.equal(found.flatten(0, 1), reference.matmul(x.flatten(0, 1), packed))
         assert matmul(x[1, 2], packed, backend="reference").shape == (5,)
 
+    @pytest.mark.parametrize("text", ["w8a8", "w8a8g32", "w8a16"])
+    def test_is_the_same_under_autocast(self, text: str) -> None:
+        x, scheme = 100 * X[0], Scheme.parse(text)
+        scales = torch.ones(5, 64 // (scheme.group_size or 64))
+        packed = pack(torch.full((5, 64), 127, dtype=torch.int8), scales, scheme)
+        expected = reference.matmul(x, packed)
+        with torch.autocast("cpu", torch.float16):
+            assert torch.equal(matmul(x, packed), expected)
+            if packed.scheme.quantizes_activations:
+                codes, scales = reference.quantize_activations(x, 8)
+                assert torch.equal(matmul_codes(codes, scales, packed), expected)
+            assert torch.is_autocast_enabled("cpu")
+
     def test_of_no_tokens_is_empty(self) -> None:
         assert matmul(X[:0], weight("w6a8")).shape == (0, 3, 5)
 
@@ -141,6 +157,39 @@ class TestProduct:
         with pytest.raises(KernelError) as caught:
             matmul_codes(codes, scales, weight(text), out_dtype=out_dtype)
         assert caught.value.field == field
+
+
+class TestDeployment:
+    CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+    def test_is_where_another_backend_than_the_reference_can_multiply(self, of_eight: None) -> None:
+        assert deploys(self.CPU)
+        assert not deploys(self.CUDA)
+
+    @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+    def test_is_nowhere_with_the_reference_alone_unless_it_is_named(
+        self, of_eight: None, monkeypatch: pytest.MonkeyPatch, device: torch.device
+    ) -> None:
+        del backend.BACKENDS["of-eight"]
+        assert not deploys(device)
+        monkeypatch.setenv("BITFRONTIER_KERNELS", "reference")
+        assert deploys(device)
+
+    def test_by_a_backend_that_cannot_is_refused_with_its_reason(
+        self, of_eight: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("BITFRONTIER_KERNELS", "of-eight")
+        assert deploys(self.CPU)
+        with pytest.raises(KernelError, match="of-eight cannot multiply on cuda:0: it multiplies on CPUs") as caught:
+            deploys(self.CUDA)
+        assert (caught.value.field, caught.value.value) == ("BITFRONTIER_KERNELS", "of-eight")
+        assert caught.value.accepted == ["reference"]
+
+    def test_by_an_unknown_backend_is_refused(self, of_eight: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("BITFRONTIER_KERNELS", "triton")
+        with pytest.raises(KernelError, match="triton") as caught:
+            deploys(self.CPU)
+        assert caught.value.accepted == ["of-eight", "reference"]
 
 
 def test_importing_the_room_imports_no_cupy() -> None:

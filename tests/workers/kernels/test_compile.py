@@ -164,6 +164,30 @@ def test_machine_code_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pyt
     assert list((tmp_path / "cache").iterdir()) == [kept]
 
 
+def test_machine_code_is_kept_by_the_process_where_the_cache_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    loaded: list[str] = []
+    monkeypatch.setattr("cupy.RawModule", lambda path: loaded.append(path))
+    text = program([quantise("ROWS", torch.float16)])
+    load_module(text, "sm_80")
+    assert Path(loaded[0]).read_bytes() == compile_source(text, "sm_80").cubin
+
+
+@pytest.mark.parametrize("missing", [RuntimeError("failed to load libnvrtc.so.13"), ImportError("no libnvrtc.so.13")])
+def test_without_a_compiler_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch, missing: Exception) -> None:
+    def version() -> tuple[int, int]:
+        raise missing
+
+    monkeypatch.setattr("cupy.cuda.nvrtc.getVersion", version)
+    for use in (compile_source, load_module):
+        with pytest.raises(KernelError, match=r"cannot be compiled: .*libnvrtc") as caught:
+            use('extern "C" __global__ void empty() {}', "sm_80")
+        assert caught.value.value == "NVRTC"
+
+
 def test_what_does_not_compile_is_refused_with_the_log() -> None:
     with pytest.raises(KernelError, match=r"identifier .missing. is undefined") as caught:
         compile_source('extern "C" __global__ void broken() { missing(); }', "sm_80")

@@ -23,7 +23,7 @@ from workers.kernels.catalogue import Kernel, Prefill, program, quantise
 from workers.kernels.compile import load_module
 from workers.kernels.errors import KernelError
 from workers.kernels.linear import QuantLinear, swapped
-from workers.kernels.pack import ACTIVATION_BITS, GROUP_SIZES, WEIGHT_BITS, Packed, pack
+from workers.kernels.pack import ACTIVATION_BITS, GROUP_SIZES, MOST_COLUMNS, WEIGHT_BITS, Packed, pack
 from workers.kernels.plans import Decode, Problem, candidates, default
 
 pytestmark = [
@@ -180,16 +180,16 @@ class TestProducts:
             assert near(found, x, packed, None)
 
     def test_add_up_the_most_products_without_overflow(self) -> None:
-        scheme, columns = Scheme(8, 8), 131_072
+        scheme, columns = Scheme(8, 8), MOST_COLUMNS
         packed = pack(
             torch.full((64, columns), -128, dtype=torch.int8, device=CUDA),
             torch.full((64, 1), 2.0**-24, device=CUDA),
             scheme,
         )
-        for tokens in (1, 40):
-            codes = torch.full((tokens, columns), 127, dtype=torch.int8, device=CUDA)
+        for tokens, code in product((1, 40), (127, -128)):
+            codes = torch.full((tokens, columns), code, dtype=torch.int8, device=CUDA)
             found = matmul_codes(codes, torch.ones(tokens, device=CUDA), packed, backend="cupy")
-            assert (found == -(127 * 128 * columns * 2.0**-24)).all()
+            assert (found == -128 * code * columns * 2.0**-24).all()
 
     @pytest.mark.parametrize("scheme", ["w6a8", "w4a4", "w5a6g64"])
     @pytest.mark.parametrize("tokens", [1, 13, 32, 33, 300])

@@ -16,7 +16,7 @@ from search.scheme import Scheme
 from workers.kernels import reference
 from workers.kernels.catalogue import Prefill, prefill, program, quantise
 from workers.kernels.emulator.build import Emulated
-from workers.kernels.pack import GROUP_SIZES, WEIGHT_BITS, Packed, pack
+from workers.kernels.pack import GROUP_SIZES, MOST_COLUMNS, WEIGHT_BITS, Packed, pack
 
 Compile = Callable[[str], Emulated]
 
@@ -228,13 +228,25 @@ def test_shows_every_changed_code_in_its_token(
 @pytest.mark.parametrize("variant", [HOPPER[16], AMPERE[16]], ids=lambda variant: variant.kernel.name)
 def test_adds_up_the_most_products_without_overflow(library: Callable[[Variant], Emulated], variant: Variant) -> None:
     assert (variant.scheme.weight_bits, variant.scheme.group_size) == (8, None)
-    columns, scale = 131_072, 2.0**-24
+    columns, scale = MOST_COLUMNS, 2.0**-24
     packed = pack(torch.full((16, columns), -128, dtype=torch.int8), torch.full((16, 1), scale), variant.scheme)
     codes = torch.full((2, columns), 127, dtype=torch.int8)
-    codes[1] = -127
+    codes[1] = -128  # No quantiser of ours makes it, but a caller may.
     found = multiply(library(variant), variant, codes, torch.ones(2), packed)
-    expected = torch.tensor([[-1.0], [1.0]]).expand(2, 16) * (127 * 128 * columns * scale)
-    assert torch.equal(found.float(), expected)
+    expected = torch.tensor([[127.0], [-128.0]]).expand(2, 16) * (-128 * columns * scale)
+    assert torch.equal(found, expected.to(variant.out))
+
+
+def test_on_hopper_codes_are_found_wherever_their_token_is(emulated: Compile) -> None:
+    text = """
+    #include "prefill_wgmma.cuh"
+    extern "C" __global__ void places(const int* tokens, long long* places) {
+        places[thread()] = PrefillWgmma<8, 0, 128, 4, float>::from(tokens[thread()]);
+    }"""
+    tokens = torch.arange(32, dtype=torch.int32) * 8 * 2**22  # The last ones' codes lie beyond 2^31 bytes.
+    places = torch.empty(32, dtype=torch.int64)
+    emulated(text).launch("places", (1, 1), 32, tokens, places)
+    assert places.tolist() == [token * 128 for token in tokens.tolist()]
 
 
 @pytest.mark.parametrize(

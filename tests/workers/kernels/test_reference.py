@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from search.scheme import Scheme
-from workers.kernels.pack import ACTIVATION_BITS, GROUP_SIZES, WEIGHT_BITS, Packed, pack, unpack
+from workers.kernels.pack import ACTIVATION_BITS, GROUP_SIZES, MOST_COLUMNS, WEIGHT_BITS, Packed, pack, unpack
 from workers.kernels.reference import (
     accumulators,
     dequantize,
@@ -166,16 +166,16 @@ class TestSums:
 
     @pytest.mark.parametrize("bits", WEIGHT_BITS)
     def test_are_exact_where_every_product_is_as_great_as_can_be(self, bits: int) -> None:
-        columns, least = 131_072, -(2 ** (bits - 1))
+        columns, least = MOST_COLUMNS, -(2 ** (bits - 1))
         weights = torch.full((3, columns), least, dtype=torch.int8)
         weights[1] = -least - 1
         # One odd product, which a sum that is rounded anywhere would lose.
         weights[2, 0] += 1
         codes = torch.full((2, columns), 127, dtype=torch.int8)
-        codes[1] = -127
+        codes[1] = -128
         sums = accumulators(codes, pack(weights, torch.ones(3, 1), Scheme(bits, 8)))
-        products = [127 * least * columns, -127 * (least + 1) * columns, 127 * least * columns + 127]
-        assert sums.tolist() == [[products, [-product for product in products]]]
+        of_weights = [least * columns, -(least + 1) * columns, least * columns + 1]
+        assert sums.tolist() == [[[code * weight for weight in of_weights] for code in (127, -128)]]
 
 
 class TestProduct:

@@ -47,6 +47,9 @@ struct PrefillWgmma {
           full(reinterpret_cast<MBarrier*>(shared + BARRIERS)),
           empty(full + STAGES) {}
 
+    // Where a token's atom lies in a step; `token` is a multiple of the atom's.
+    static DEVICE long long from(int token) { return static_cast<long long>(token) / ATOM_TOKENS * ATOM_BYTES; }
+
     DEVICE void run() {
         if (thread() == 0) {
             for (int stage = 0; stage < STAGES; ++stage) {
@@ -76,7 +79,7 @@ struct PrefillWgmma {
             const int atoms = minimum(TOKENS, problem.tokens_padded - token) / ATOM_TOKENS;
             const long long step_bytes = static_cast<long long>(problem.tokens_padded) * TILE_INPUTS;
             const long long strip_bytes = static_cast<long long>(steps) * tile_bytes(BITS);
-            const unsigned char* codes = problem.codes + token / ATOM_TOKENS * ATOM_BYTES;
+            const unsigned char* codes = problem.codes + from(token);
             const unsigned char* weights = problem.weights + row / TILE_ROWS * strip_bytes;
             for (int step = 0; step < steps; ++step, ring.advance()) {
                 MBarrier* ready = full + ring.stage;
