@@ -52,7 +52,8 @@ class Evaluator:
     def __init__(self, loaded: LoadedModel, data: Data, quantizer: str = "rtn") -> None:
         """Enumerate the model's layers and find its chain of blocks.
 
-        Raises UnsupportedModel when it has no quantizable layer.
+        Raises UnsupportedModel when it has no quantizable layer, KernelError where BITFRONTIER_KERNELS names no backend
+        that could multiply on its device.
         """
         self.loaded = loaded
         self.data = data

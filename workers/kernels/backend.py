@@ -163,7 +163,7 @@ def _named(name: str, field: str) -> Backend:
 def _as_written(device: torch.device) -> AbstractContextManager[object]:
     """Within, torch computes in the types that it is given: autocast would round sums that must be exact."""
     on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    # Entering it for nothing takes as long as a small product on a GPU.
+    # Entering it for nothing would cost every product some microseconds.
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
