@@ -50,7 +50,12 @@ def list_all(url: Url = DEFAULT_URL) -> None:
     if not profiles:
         out.print("There is no latency profile. Measure one with 'bitfrontier latency profile MODEL'.")
         return
-    table = Table("device", "key", "driver", "kernels", "measured")
+    table = Table()
+    # These are to be copied, whatever the width of the terminal.
+    table.add_column("device", no_wrap=True)
+    table.add_column("key", no_wrap=True)
+    for name in ("driver", "kernels", "measured"):
+        table.add_column(name)
     table.add_column("products", justify="right")
     for found in profiles:
         texts = (escape(found[name]) for name in ("device", "key", "driver", "backend", "created"))
