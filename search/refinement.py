@@ -149,11 +149,9 @@ class Refinement:
         """The level that was visited least among those whose best configuration was not expanded, and that one."""
         if self.expand is None or self.left < CHARGE + 1:
             return 0.0, None
-        whole = [trial for trial in self.trials if len(trial.samples) == sum(self.batch_sizes)]
-        totals = self.sweep.totals([trial.choice for trial in whole])
+        whole = [(trial, cost) for trial, cost in self._whole() if self.sweep.admits(trial.choice)]
         for level in sorted(visits, key=visits.__getitem__):
-            within = [one for one, total in zip(whole, totals, strict=True) if total <= level * (1 + TOLERANCE)]
-            within = [one for one in within if self.sweep.admits(one.choice)]
+            within = [trial for trial, cost in whole if cost <= level * (1 + TOLERANCE)]
             if within and (best := min(within, key=lambda one: one.loss)).choice.tobytes() not in expanded:
                 return level, best
         return 0.0, None
@@ -188,11 +186,14 @@ class Refinement:
 
     def _rival(self, choice: Choice) -> Floats | None:
         """The samples of the wholly measured configuration of least loss among those that cost no more."""
-        whole = [trial for trial in self.trials if len(trial.samples) == sum(self.batch_sizes)]
         total = self.sweep.totals([choice])[0]
-        costs = self.sweep.totals([trial.choice for trial in whole])
-        cheaper = [trial for trial, cost in zip(whole, costs, strict=True) if cost <= total]
+        cheaper = [trial for trial, cost in self._whole() if cost <= total]
         return min(cheaper, key=lambda trial: trial.loss).samples if cheaper else None
+
+    def _whole(self) -> list[tuple[Trial, float]]:
+        """What is measured on all the calibration data, and what it costs along the axis."""
+        whole = [trial for trial in self.trials if len(trial.samples) == sum(self.batch_sizes)]
+        return list(zip(whole, self.sweep.totals([trial.choice for trial in whole]).tolist(), strict=True))
 
     def _measured(self) -> tuple[NDArray[np.int64], Floats]:
         choices = np.array([trial.choice for trial in self.trials], dtype=np.int64)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -85,6 +87,12 @@ def micro_batches_of_split(
         for part, chosen in micro_batches(evaluator, index, low, high, at_once):
             yield part, index, chosen
         first += count
+
+
+def shards(samples: int, most: int) -> list[tuple[int, int]]:
+    """At most so many contiguous shards of about equal size: the first sample of each, and the one after its last."""
+    cuts = np.linspace(0, samples, min(most, samples) + 1).round().astype(int).tolist()
+    return list(pairwise(cuts))
 
 
 def recomputing(evaluator: Evaluator) -> AbstractContextManager[None]:

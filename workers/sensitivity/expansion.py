@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from workers.calibration import Batch, sample_count
 from workers.evaluator import Evaluator, token_dims
 from workers.loss import gradient, score
 from workers.quantizers.activation import round_activation
-from workers.sensitivity.backward import gradient_scale, micro_batches_of_split, visiting
+from workers.sensitivity.backward import gradient_scale, micro_batches_of_split, shards, visiting
 from workers.sensitivity.rounding import weight_only
 from workers.tasks import Compute, Item, Result, Task
 
@@ -40,14 +41,15 @@ SEED = 0
 def expansion(compute: Compute, space: Space, batch_sizes: Sequence[int], choice: Choice) -> Expansion:
     """The expansion of the loss at an allocation, from a backward pass over the calibration data and, over its first
     fold, another; each item is a fold."""
-    samples = sum(batch_sizes)
-    cuts = np.linspace(0, samples, min(FOLDS, samples) + 1).round().astype(int).tolist()
     asked: Item = {
         "allocation": allocation.to_json(allocation.layer_schemes(space, choice)),
         "schemes": _schemes(space),
         "seed": SEED,
     }
-    items = [asked | {"start": start, "stop": stop, "curvature": start == 0} for start, stop in pairwise(cuts)]
+    items = [
+        asked | {"start": start, "stop": stop, "curvature": start == 0}
+        for start, stop in shards(sum(batch_sizes), FOLDS)
+    ]
     results = compute(EXPANSION, items)
     first = np.array([_table(space, choice, result["gradient"]) for result in results])
     return Expansion.of(choice, first, _table(space, choice, results[0]["curvature"]))
@@ -119,8 +121,8 @@ def _changes(
             return x if bits == 16 else round_activation(x, bits, token_dims(layers[name].module, x))
 
         now = applied.get(name, FULL_PRECISION).activation_bits
-        schemes = sorted(map(Scheme.parse, sums.get(name, ())), key=activation_bits)
-        for bits, those in groupby(schemes, key=activation_bits):
+        width = attrgetter("activation_bits")
+        for bits, those in groupby(sorted(map(Scheme.parse, sums.get(name, ())), key=width), key=width):
             if bits != now:
                 add(name, those, of(g.float() / scale, (rounded(bits) - rounded(now)).float()))
 
@@ -139,11 +141,6 @@ def _changes(
         name: {text: value if math.isfinite(value) else None for text, value in found.items()}
         for name, found in sums.items()
     }
-
-
-def activation_bits(scheme: Scheme) -> int:
-    """By which schemes are grouped."""
-    return scheme.activation_bits
 
 
 EXPANSION = Task("expansion", 1, _expansion)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -30,7 +30,7 @@ from workers.calibration import Batch, sample_count
 from workers.evaluator import Evaluator, token_dims
 from workers.loss import score
 from workers.quantizers.activation import round_activation
-from workers.sensitivity.backward import LARGE, gradient_scale, is_large, micro_batches_of_split, visiting
+from workers.sensitivity.backward import LARGE, gradient_scale, is_large, micro_batches_of_split, shards, visiting
 from workers.sensitivity.rounding import weight_only
 from workers.sensitivity.table import Subject
 from workers.tasks import Compute, Item, Result, Task
@@ -55,7 +55,6 @@ def sampled(compute: Compute, subject: Subject, name: str) -> list[Result]:
     """What the pass found for the metric `name`, shard by shard; other metrics of the search share the pass."""
     space, samples = subject.space, sum(subject.batch_sizes)
     scores = sorted(SCORES.keys() & {name, *subject.requested})
-    cuts = np.linspace(0, samples, min(SHARDS, samples) + 1).round().astype(int).tolist()
     asked: Item = {
         "scores": scores,
         "at_once": {name: 1 if name == "gauss_newton" else math.ceil(samples / MICRO_BATCHES) for name in scores},
@@ -63,7 +62,7 @@ def sampled(compute: Compute, subject: Subject, name: str) -> list[Result]:
         "weights": _weights(space),
         "inputs": _inputs(space),
     }
-    return compute(SAMPLED, [asked | {"start": start, "stop": stop} for start, stop in pairwise(cuts)])
+    return compute(SAMPLED, [asked | {"start": start, "stop": stop} for start, stop in shards(samples, SHARDS)])
 
 
 def joined(results: Sequence[Result], *path: str) -> dict[str, dict[str, Array]]:
