@@ -15,18 +15,18 @@ COPY pyproject.toml constraints.txt ./
 RUN python -m pip install --constraint constraints.txt --group api
 COPY . .
 RUN python -m pip install --no-deps . && rm -rf /app/*
-COPY docker/with-secrets /usr/local/bin/with-secrets
+COPY docker/with-secrets /usr/local/bin/
 USER bitfrontier
 EXPOSE 8400
-HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
-  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8400/healthz', timeout=2)"]
 ENTRYPOINT ["with-secrets"]
-CMD ["uvicorn", "api.app:create_app", "--factory", "--host", "0.0.0.0", "--port", "8400"]
+CMD ["bitfrontier", "api", "--host", "0.0.0.0", "--port", "8400"]
 
 FROM base AS worker
+# "[gpu]" for the kernels; torch brings the rest of CUDA, and the host its driver.
+ARG EXTRAS=
 COPY . .
-RUN python -m pip install --constraint constraints.txt . && rm -rf /app/*
-COPY docker/with-secrets /usr/local/bin/with-secrets
+RUN python -m pip install --constraint constraints.txt ".${EXTRAS}" && rm -rf /app/*
+COPY docker/with-secrets docker/join-ray docker/worker-healthy /usr/local/bin/
 USER bitfrontier
-ENTRYPOINT ["with-secrets"]
+ENTRYPOINT ["with-secrets", "join-ray"]
 CMD ["python", "-m", "workers", "run"]

@@ -4,9 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable
 DEMO_MODEL := all-minilm-l6-v2
+# Ends what does not end by itself, after a report of what was done until then.
+LIMIT := $(if $(shell command -v timeout),timeout --signal=INT --kill-after=60 80m)
+PEERS := $(patsubst tests/peers/%.txt,%,$(wildcard tests/peers/*.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check bench-search bench-optimizers bench-digits bench-budgets bench-hessian bench-kernels bench-kl bench-minilm bench-pqi bench-proxies bench-modelopt clean
+.PHONY: help demo up test check test-exports bench-search bench-optimizers bench-digits bench-budgets bench-hessian bench-kernels bench-kl bench-minilm bench-pqi bench-proxies bench-modelopt bench-service clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,9 +21,13 @@ demo: $(VENV)/.demo ## Install, search a real model under a budget, and write de
 up: $(VENV)/.demo ## Start the database, the API and a worker, and keep them running
 	$(BIN)/bitfrontier up
 
-# One thread each: those that wait for one another on busy cores make small work a hundred times slower.
+# One thread each: those that wait for one another on busy cores make small work a hundred times slower. One process more
+# than there are cores, up to four: many tests wait for other processes.
+# No test takes longer than its time limit (tests/running.py), nor all of them much longer than 65 minutes.
 test: check ## Everything `check` does, then the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(LIMIT) $(BIN)/python -m pytest --numprocesses $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses 4 \
+		--dist loadfile --session-timeout 3900 --durations 25 \
+		|| { code=$$?; [ $$code != 124 ] || echo "The tests were ended after 80 minutes; a test hangs." >&2; exit $$code; }
 
 check: $(VENV)/.dev ## Lint, format, types and import contracts
 	$(BIN)/ruff check .
@@ -28,7 +35,10 @@ check: $(VENV)/.dev ## Lint, format, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench-search: bench-optimizers bench-digits bench-budgets ## The three benchmarks of the search (takes 2 hours)
+test-exports: $(VENV)/.dev $(PEERS:%=.venv-peer-%/.done) ## Show every export to the tool it is for, and write benchmarks/results/<date>-exports.md (installs 12 GB, takes 5 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.exports_log
+
+bench-search: bench-optimizers bench-digits bench-budgets ## The three benchmarks of the search (takes most of a day)
 
 bench-optimizers: $(VENV)/.dev ## Compare the integer program with CBC, HiGHS and CP-SAT (takes 15 minutes)
 	$(BIN)/python -m benchmarks.optimizers
@@ -36,7 +46,7 @@ bench-optimizers: $(VENV)/.dev ## Compare the integer program with CBC, HiGHS an
 bench-digits: $(VENV)/.dev ## Evaluations to find the frontier of an enumerated space (takes 5 minutes)
 	$(BIN)/python -m benchmarks.digits
 
-bench-budgets: $(VENV)/.dev .venv-modelopt/.done .venv-autoround/.done ## Held-out loss at every budget against ModelOpt and AutoRound (fetches 93 MB, takes 90 minutes)
+bench-budgets: $(VENV)/.dev .venv-modelopt/.done .venv-autoround/.done ## Held-out loss at every budget against ModelOpt and AutoRound (fetches 93 MB, takes most of a day)
 	$(BIN)/python scripts/fetch_models.py
 	$(BIN)/python -m benchmarks.budgets
 
@@ -67,8 +77,11 @@ bench-modelopt: $(VENV)/.dev .venv-modelopt/.done ## Time a sensitivity table he
 	$(BIN)/python scripts/fetch_models.py
 	$(BIN)/python -m benchmarks.modelopt --python .venv-modelopt/bin/python
 
+bench-service: $(VENV)/.dev ## 200 clients for 30 s, and the overhead of a search (takes 3 minutes)
+	$(BIN)/python -m benchmarks.load
+
 clean: ## Remove what the targets above made, but no service's data
-	rm -rf $(VENV) .venv-modelopt .venv-autoround benchmarks/.cache demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-modelopt .venv-autoround .venv-peer-* benchmarks/.cache demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # ModelOpt and AutoRound have environments of their own: what they need must not decide what is used here.
 .venv-modelopt/.done: constraints.txt
@@ -81,6 +94,14 @@ clean: ## Remove what the targets above made, but no service's data
 	$(PYTHON) -m venv .venv-autoround
 	.venv-autoround/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt \
 		auto-round==0.16.1 torch transformers gguf accelerate
+	@touch $@
+
+# The tools that load our exports likewise; tests/peers/conftest.py says what their files hold.
+.venv-peer-%/.done: tests/peers/%.txt constraints.txt
+	$(PYTHON) -m venv .venv-peer-$*
+	.venv-peer-$*/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
+	@[ ! -f tests/peers/$*.no-deps ] || .venv-peer-$*/bin/python -m pip install --disable-pip-version-check --quiet \
+		--no-deps --requirement tests/peers/$*.no-deps
 	@touch $@
 
 $(BIN)/python:

@@ -1,25 +1,76 @@
-"""The JSON documents the interface answers with."""
+"""The JSON documents the interface answers with. A client has the same, so nothing heavy is imported."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.frontier import Frontier
-from api.problems import Problem
-from db.searches import Search
-from db.tables import State
+from db.states import State
 from search.budget import BUDGETS
-from search.candidate import Candidate
+
+if TYPE_CHECKING:
+    from api.frontier import Frontier
+    from db.searches import Search
+    from search.candidate import Candidate
 
 FINISHED = frozenset({"succeeded", "failed", "cancelled"})
 
 
 class _Document(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+
+class FieldError(BaseModel):
+    """One of several errors of a request."""
+
+    detail: str
+    field: str | None = None
+    value: Any = None
+    accepted: Any = None
+
+
+class Problem(BaseModel):
+    """A problem document (RFC 9457)."""
+
+    model_config = ConfigDict(
+        use_attribute_docstrings=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "urn:bitfrontier:problem:infeasible-budget",
+                    "title": "No allocation fits the budget",
+                    "status": 422,
+                    "detail": "avg_bits = 3 is below what this space can reach; the smallest feasible value is 4.25",
+                    "field": "budgets.avg_bits",
+                    "value": 3,
+                    "accepted": {"minimum": 4.25},
+                    "request_id": "5f0c6b1c7ad14a0c8c9f0c7d7c1f4f5e",
+                }
+            ]
+        },
+    )
+
+    type: str
+    """A URN that names the kind of problem."""
+    title: str
+    """The kind of problem in words; the same for every problem of a type."""
+    status: int = Field(ge=400, le=599)
+    """The HTTP status."""
+    detail: str
+    """What is wrong here, in words."""
+    field: str | None = None
+    """Path of the field that is wrong, for example `budgets.avg_bits`."""
+    value: Any = None
+    """The value that was not accepted."""
+    accepted: Any = None
+    """What is accepted instead."""
+    errors: list[FieldError] | None = None
+    """Each of several errors, when there is more than one."""
+    request_id: str | None = None
+    """Names this request in the service's log; the header `X-Request-Id` of every answer."""
 
 
 class Progress(_Document):
@@ -29,8 +80,29 @@ class Progress(_Document):
     total: int = Field(examples=[64])
 
 
-class SearchDocument(_Document):
-    """A search as it stands."""
+class Work(_Document):
+    """What a search computed, and what it found already stored. What an attempt before this one stored counts as
+    computed."""
+
+    computed: int = Field(examples=[21])
+    reused: int = Field(examples=[3])
+    """Results that other searches had computed."""
+    reused_from: list[int] = Field(examples=[[1]])
+    """The searches that computed most of them; left out are those that the asker may not see."""
+
+    @classmethod
+    def of(cls, search: Search, *, of_all: bool) -> Work | None:
+        """What the summary knows of it; `of_all`: whether other keys' searches may be named."""
+        told = search.summary or {}
+        if "computed" not in told or "reused" not in told:
+            return None
+        return cls(
+            computed=told["computed"], reused=told["reused"], reused_from=told.get("reused_from", []) if of_all else []
+        )
+
+
+class SearchSummary(_Document):
+    """A search as it stands, as lists have it."""
 
     id: int = Field(examples=[1])
     state: State
@@ -41,14 +113,13 @@ class SearchDocument(_Document):
     model: str = Field(examples=["all-minilm-l6-v2"])
     target: str = Field(examples=["vllm"])
     budgets: dict[str, float] = Field(examples=[{"avg_bits": 5.25}])
-    request: dict[str, Any]
-    """The request with every default filled in."""
-    summary: dict[str, Any] | None = None
-    """What is known of the model and the run; grows while the search runs. Left out of lists."""
     error: Problem | None = None
     """Why the search failed; while it is queued or running, what ended the attempt before."""
+    work: Work | None
+    """Null until the first results are there."""
     cancel_requested: bool
     attempt: int
+    """How often a worker has begun it. Above 1, it was resumed after a worker stopped; nothing measured was lost."""
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -56,8 +127,8 @@ class SearchDocument(_Document):
     """`self`, `events`, `frontier`, `sensitivities` and `page`."""
 
     @classmethod
-    def of(cls, search: Search, *, with_summary: bool = True) -> SearchDocument:
-        """The document of a row."""
+    def of(cls, search: Search, *, of_all: bool = True, **more: Any) -> Self:
+        """The document of a row, for someone who may see the searches of all keys, or not."""
         resource = f"/v1/searches/{search.id}"
         budgets = search.request["budgets"]
         return cls(
@@ -68,9 +139,8 @@ class SearchDocument(_Document):
             model=search.model,
             target=search.target,
             budgets={name: budgets[name] for name in BUDGETS if budgets.get(name) is not None},
-            request=search.request,
-            summary=search.summary if with_summary else None,
             error=Problem.model_validate(search.error) if search.error else None,
+            work=Work.of(search, of_all=of_all),
             cancel_requested=search.cancel_requested,
             attempt=search.attempt,
             created_at=search.created_at,
@@ -83,13 +153,33 @@ class SearchDocument(_Document):
                 "sensitivities": f"{resource}/sensitivities",
                 "page": f"/searches/{search.id}",
             },
+            **more,
         )
+
+
+class SearchDocument(SearchSummary):
+    """A search as it stands, with all that was asked for and is known."""
+
+    request: dict[str, Any]
+    """The request with every default filled in."""
+    summary: dict[str, Any] | None = None
+    """What is known of the model and the run; grows while the search runs."""
+
+    @classmethod
+    def of(cls, search: Search, *, of_all: bool = True, **more: Any) -> Self:
+        """The document of a row that was read whole."""
+        return super().of(search, of_all=of_all, request=search.request, summary=_told(search), **more)
+
+
+def _told(search: Search) -> dict[str, Any] | None:
+    """The summary without what `work` says."""
+    return {name: value for name, value in search.summary.items() if name != "reused_from"} if search.summary else None
 
 
 class SearchPage(_Document):
     """Searches, newest first."""
 
-    searches: list[SearchDocument]
+    searches: list[SearchSummary]
     next_cursor: int | None
     """Pass as `cursor` for the next page; null on the last."""
 
@@ -120,14 +210,14 @@ class Point(_Document):
     """By how much the logarithm of the predicted loss falls for one more unit of each bounded resource (a byte, a bit,
     a bit operation), at the point's own costs: dx more save a share 1 − exp(−price·dx). Of the points of the frontier,
     once the search has ended."""
-    allocation: dict[str, str]
-    """Layer → scheme."""
+    allocation: dict[str, str] | None = None
+    """Layer → scheme. Left out of the points that a frontier document has in `dominated` and `predicted`."""
     page: str
     """Permalink of the point."""
 
     @classmethod
-    def of(cls, search_id: int, candidate: Candidate) -> Point:
-        """The document of a candidate."""
+    def of(cls, search_id: int, candidate: Candidate, allocation: dict[str, str] | None = None) -> Point:
+        """The document of a candidate, with its allocation where that is given."""
         return cls(
             number=candidate.number,
             source=candidate.source,
@@ -139,7 +229,7 @@ class Point(_Document):
             predicted=candidate.predicted,
             expected=candidate.expected,
             shadow_prices=candidate.shadow_prices,
-            allocation=candidate.allocation,
+            **({} if allocation is None else {"allocation": allocation}),
             page=f"/searches/{search_id}/points/{candidate.number}",
         )
 
@@ -192,10 +282,21 @@ class FrontierDocument(_Document):
     """Configurations without a loss on the held-out split."""
 
     @classmethod
-    def of(cls, frontier: Frontier, include: set[str], under: Mapping[str, float] | None = None) -> FrontierDocument:
-        """The document of a frontier with the named groups, and the best point under other budgets."""
+    def of(
+        cls,
+        frontier: Frontier,
+        include: set[str],
+        allocations: Mapping[int, dict[str, str]],
+        under: Mapping[str, float] | None = None,
+    ) -> FrontierDocument:
+        """The document of a frontier with the named groups, what allocations are known by number, and the best point
+        under other budgets."""
         search = frontier.search
-        groups = {name: [Point.of(search.id, point) for point in getattr(frontier, name)] for name in include}
+
+        def documents(points: list[Candidate]) -> list[Point]:
+            return [Point.of(search.id, point, allocations.get(point.number)) for point in points]
+
+        groups = {name: documents(getattr(frontier, name)) for name in include}
         return cls(
             search=search.id,
             state=search.state,
@@ -209,7 +310,7 @@ class FrontierDocument(_Document):
             knee=_number(frontier.knee),
             hypervolume=frontier.hypervolume,
             reference=Reference.model_validate(frontier.reference) if frontier.reference else None,
-            points=[Point.of(search.id, point) for point in frontier.points],
+            points=documents(frontier.points),
             **groups,
         )
 

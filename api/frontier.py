@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from db.candidates import Group
 from db.searches import Search
 from search import pareto
 from search.budget import BUDGETS, TOLERANCE, cost_bounds
@@ -28,9 +30,12 @@ class Comparison:
     ratio: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Frontier:
-    """A search and all its candidates, in order of their numbers."""
+    """A search and its candidates, in order of their numbers; nothing here asks for their allocations.
+
+    What looks at all candidates does so once.
+    """
 
     search: Search
     candidates: tuple[Candidate, ...]
@@ -61,6 +66,14 @@ class Frontier:
         return str(self.search.request["optimizer"].get("objective", "loss"))
 
     @property
+    def sought(self) -> tuple[tuple[Group, str], ...]:
+        """The quantities of which the best point has least: of equal ones, that with the least of the next."""
+        loss: tuple[Group, str] = ("metrics", "loss")
+        if self.objective == "loss":
+            return loss, ("costs", self.axes[0])
+        return ("costs", BUDGETS[self.objective].resource), loss
+
+    @property
     def settled(self) -> bool:
         """Whether losses are those on the held-out split; while a search runs they are of the calibration data."""
         return self.search.state == "succeeded"
@@ -78,17 +91,18 @@ class Frontier:
         """What the unquantized model measures (may be empty)."""
         return dict((self.search.summary or {}).get("full_precision") or {})
 
-    @property
+    @cached_property
     def measured(self) -> list[Candidate]:
         """Candidates with a measured loss, from the least cost on the main axis."""
-        return sorted((point for point in self.candidates if point.loss is not None), key=self._main_cost)
+        axis = self.axes[0]
+        return sorted((point for point in self.candidates if point.loss is not None), key=lambda one: one.costs[axis])
 
-    @property
+    @cached_property
     def points(self) -> list[Candidate]:
         """The frontier: measured, fitting and undominated, from the least cost on the main axis."""
         return [point for point in self.measured if point.on_frontier]
 
-    @property
+    @cached_property
     def baselines(self) -> list[Candidate]:
         """Measured uniform configurations."""
         return [candidate for candidate in self.measured if candidate.source == "uniform"]
@@ -108,10 +122,9 @@ class Frontier:
         """Candidates that were measured on the calibration data and went no further."""
         return [point for point in self.predicted if "calibration_loss" in point.metrics]
 
-    @property
+    @cached_property
     def best(self) -> Candidate | None:
-        """The point that fits every budget and has least of the objective: of the loss, and of equal ones the cheapest;
-        or of a cost, and of equal ones that of the least loss."""
+        """The point that fits every budget and has least of what is `sought`."""
         fitting = [point for point in self.measured if point.fits]
         return min(fitting, key=self._worth, default=None)
 
@@ -136,12 +149,12 @@ class Frontier:
         found = pareto.best_under(losses, costs.reshape(len(losses), len(bounds)), limits)
         return None if found is None else self.measured[found]
 
-    @property
+    @cached_property
     def floor(self) -> float:
         """What a loss of zero counts as where logarithms are taken: a decade below the least positive one."""
         return min((p.metrics["loss"] for p in self.measured if p.metrics["loss"] > 0), default=1.0) / 10
 
-    @property
+    @cached_property
     def knee(self) -> Candidate | None:
         """Of the points in (main axis, log loss), as the chart draws them, the one farthest below the line between the
         ends; None where fewer than three or none is."""
@@ -226,14 +239,9 @@ class Frontier:
 
     def _drawn(self, points: list[Candidate]) -> NDArray[np.float64]:
         """Points × (cost on the main axis, log loss)."""
-        losses = [max(point.metrics["loss"], self.floor) for point in points]
-        return np.column_stack([[self._main_cost(point) for point in points], np.log(losses)])
+        floor, axis = self.floor, self.axes[0]
+        losses = [max(point.metrics["loss"], floor) for point in points]
+        return np.column_stack([[point.costs[axis] for point in points], np.log(losses)])
 
-    def _worth(self, point: Candidate) -> tuple[float, float]:
-        loss = point.metrics["loss"]
-        if self.objective == "loss":
-            return loss, self._main_cost(point)
-        return point.costs[BUDGETS[self.objective].resource], loss
-
-    def _main_cost(self, point: Candidate) -> float:
-        return point.costs[self.axes[0]]
+    def _worth(self, point: Candidate) -> list[float]:
+        return [getattr(point, group)[name] for group, name in self.sought]

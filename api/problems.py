@@ -5,101 +5,99 @@ from __future__ import annotations
 import json
 import logging
 import math
-import uuid
 from http import HTTPStatus
-from typing import Any, get_args
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolExhausted
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
-from api.pages.render import problem_page
+from api.errors import HttpError
+from api.pages.render import problem_page, wants_page
+from api.validation import invalid
+from db import logs
 from db.errors import DatabaseUnavailable
 from search.errors import BitfrontierError, InvalidRequest
-from search.request import SearchRequest
 
 logger = logging.getLogger(__name__)
 
-LONGEST_VALUE = 500
+# Of what a client sent, and is told was wrong.
+LONGEST_TEXT = 500
+LONGEST_LIST = 200
+DEEPEST = 6
 
-
-class FieldError(BaseModel):
-    """One of several errors of a request."""
-
-    detail: str
-    field: str | None = None
-    value: Any = None
-    accepted: Any = None
-
-
-class Problem(BaseModel):
-    """A problem document (RFC 9457)."""
-
-    model_config = ConfigDict(
-        use_attribute_docstrings=True,
-        json_schema_extra={
-            "examples": [
-                {
-                    "type": "urn:bitfrontier:problem:infeasible-budget",
-                    "title": "No allocation fits the budget",
-                    "status": 422,
-                    "detail": "avg_bits = 3 is below what this space can reach; the smallest feasible value is 4.25",
-                    "field": "budgets.avg_bits",
-                    "value": 3,
-                    "accepted": {"minimum": 4.25},
-                }
-            ]
-        },
-    )
-
-    type: str
-    """A URN that names the kind of problem."""
-    title: str
-    """The kind of problem in words; the same for every problem of a type."""
-    status: int = Field(ge=400, le=599)
-    """The HTTP status."""
-    detail: str
-    """What is wrong here, in words."""
-    field: str | None = None
-    """Path of the field that is wrong, for example `budgets.avg_bits`."""
-    value: Any = None
-    """The value that was not accepted."""
-    accepted: Any = None
-    """What is accepted instead."""
-    errors: list[FieldError] | None = None
-    """Each of several errors, when there is more than one."""
-    request_id: str | None = None
-    """Names this request in the service's log (internal errors only)."""
+RETRY_SECONDS = 5
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+ALWAYS = (401, 403, 421, 422, 429, 500, 503)
+"""Statuses that any request may be answered with."""
+BODY = (400, 408, 413, 415)
+"""Statuses that a request with a body may be answered with besides."""
+READ = (304,)
+"""Statuses that a GET under /v1 may be answered with besides."""
+AWAY = (OperationalError, InterfaceError, PoolExhausted)
+"""What is raised when the database does not answer."""
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The problem responses of a route, for its OpenAPI description; 422, 500 and 503 may always happen."""
+    """The answers of a route besides its own, for its OpenAPI description: `statuses`, and those that may always be."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {
-        status: {"description": HTTPStatus(status).phrase, "content": content}
-        for status in sorted({*statuses, 422, 500, 503})
+        status: {"description": HTTPStatus(status).phrase} | ({"content": content} if status >= 400 else {})
+        for status in sorted({*statuses, *ALWAYS})
     }
 
 
 def add_problem_handlers(app: FastAPI) -> None:
-    """Answer every error of `app` with a problem document."""
-    app.add_exception_handler(BitfrontierError, _bitfrontier_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(OperationalError, _database_error)
-    app.add_exception_handler(Exception, _internal_error)
+    """Answer the errors that FastAPI has answers of its own for with problem documents.
+
+    The others pass on to `api.middleware.problems`, and with them what other middleware raises.
+    """
+    app.add_exception_handler(RequestValidationError, _handled)
+    app.add_exception_handler(HTTPException, _handled)
 
 
-def _answer(request: Request, problem: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
-    """The problem as JSON; as a page for a browser that asks for a page."""
+async def _handled(request: Request, error: Exception) -> Response:
+    return problem_response(request, error)
+
+
+def problem_response(request: Request, error: Exception) -> Response:
+    """The answer to `error`: JSON, or a page for a browser that asks for a page. What nobody foresaw is logged."""
+    problem, headers = problem_of(request, error)
+    if problem["status"] in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS):
+        headers = {"Retry-After": str(RETRY_SECONDS)} | headers
+    if identifier := logs.request_id.get():
+        problem["request_id"] = identifier
     problem = _plain(problem)
-    on_page = not request.url.path.startswith("/v1/") and "text/html" in request.headers.get("accept", "")
-    if on_page and request.method == "GET":
+    if wants_page(request):
         return problem_page(request, problem, headers)
     return _ProblemResponse(problem, status_code=problem["status"], headers=headers)
+
+
+def problem_of(request: Request, error: Exception) -> tuple[dict[str, Any], dict[str, str]]:
+    """The problem document of an error, and the headers that go with it."""
+    if isinstance(error, AWAY):
+        # Not the whole error: it would repeat the statement with its parameters.
+        logger.warning("the database does not answer: %s", str(getattr(error, "orig", None) or error).strip())
+        error = DatabaseUnavailable("the database does not answer; try again in a moment")
+    if isinstance(error, BitfrontierError):
+        return error.problem(), error.headers if isinstance(error, HttpError) else {}
+    if isinstance(error, RequestValidationError):
+        found = invalid(error.errors())
+        return InvalidRequest(found["detail"]).problem() | found, {}
+    if isinstance(error, HTTPException):
+        problem, headers = _http_problem(request, error), dict(error.headers or {})
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            # FastAPI's own Allow has the methods of one route only, and a path may have several.
+            problem["accepted"] = _allowed(request)
+            headers["Allow"] = ", ".join(problem["accepted"])
+        return problem, headers
+    logger.error("%s %s failed", request.method, _path(request), exc_info=error)
+    detail = f"an unexpected error; the service's log has it under {logs.request_id.get()}"
+    return BitfrontierError(detail).problem(), {}
 
 
 class _ProblemResponse(JSONResponse):
@@ -110,150 +108,54 @@ class _ProblemResponse(JSONResponse):
         return json.dumps(content, ensure_ascii=True, allow_nan=False).encode()
 
 
-def _plain(value: Any) -> Any:
-    """`value` as strict JSON, cut where it is long: it may be anything that a client sent."""
+def _plain(value: Any, depth: int = 0) -> Any:
+    """`value` as strict JSON, cut where it is long or deep: it may be anything that a client sent."""
+    if isinstance(value, dict | list | tuple) and depth == DEEPEST:
+        return "…"
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {_cut(str(key)): _plain(item, depth + 1) for key, item in list(value.items())[:LONGEST_LIST]}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if value is None or isinstance(value, bool | int | float):
+        return [_plain(item, depth + 1) for item in value[:LONGEST_LIST]]
+    if value is None or isinstance(value, bool) or (isinstance(value, int | float) and _is_exact(value)):
         return value
-    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-    return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "…"
+    return _cut(value.decode(errors="replace") if isinstance(value, bytes) else str(value))
 
 
-async def _bitfrontier_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, BitfrontierError)
-    headers = {"Retry-After": "5"} if error.status == DatabaseUnavailable.status else None
-    return _answer(request, error.problem(), headers)
+def _is_exact(number: float) -> bool:
+    """Whether every JSON reader takes a number for what it is."""
+    return abs(number) < 2**63 if isinstance(number, int) else math.isfinite(number)
 
 
-async def _database_error(request: Request, error: Exception) -> Response:
-    logger.warning("%s %s: the database does not answer: %s", request.method, request.url.path, error)
-    return await _bitfrontier_error(request, DatabaseUnavailable("the database does not answer; try again in a moment"))
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    path = request.url.path
+def _path(request: Request) -> str:
+    """The path as it was sent: percent escapes keep control characters out of logs and answers."""
+    raw: bytes = request.scope.get("raw_path") or request.url.path.encode()
+    return raw.partition(b"?")[0].decode("ascii", errors="replace")
+
+
+def _http_problem(request: Request, error: HTTPException) -> dict[str, Any]:
+    """The problem of an error that Starlette or FastAPI raised."""
     details = {
-        400: "the body cannot be read: it must be JSON in UTF-8",
-        404: f"nothing is at {path}",
-        405: f"{request.method} is not allowed on {path}",
-        413: "the body is larger than this service reads",
+        400: "the body cannot be read",
+        404: f"nothing is at {_path(request)}",
+        405: f"{request.method} is not allowed on {_path(request)}",
     }
     phrase = HTTPStatus(error.status_code).phrase
-    problem: dict[str, Any] = {
+    return {
         "type": f"urn:bitfrontier:problem:{phrase.lower().replace(' ', '-')}",
         "title": phrase,
         "status": error.status_code,
         "detail": details.get(error.status_code, str(error.detail)),
     }
-    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and error.headers:
-        problem["accepted"] = sorted(error.headers.get("Allow", "").split(", "))
-    return _answer(request, problem, dict(error.headers or {}))
 
 
-async def _internal_error(request: Request, error: Exception) -> Response:
-    request_id = uuid.uuid4().hex
-    logger.error("request %s failed: %s %s", request_id, request.method, request.url.path, exc_info=error)
-    problem = BitfrontierError(f"an unexpected error; the service's log has it under {request_id}").problem()
-    return _answer(request, problem | {"request_id": request_id})
-
-
-async def _validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    # A list whose only item was refused is not also too short.
-    paths = [item["loc"] for item in error.errors()]
-    inner = [item for item in error.errors() if not any(_inside(path, item["loc"]) for path in paths)]
-    found = [_field_error(item) for item in inner]
-    if len(found) == 1:
-        return _answer(request, _invalid(found[0]))
-    detail = f"{len(found)} fields are not accepted: " + "; ".join(item["detail"] for item in found)
-    return _answer(request, _invalid({"detail": detail}) | {"errors": found})
-
-
-def _inside(path: tuple[Any, ...], outer: tuple[Any, ...]) -> bool:
-    return len(path) > len(outer) and path[: len(outer)] == outer
-
-
-def _invalid(found: dict[str, Any]) -> dict[str, Any]:
-    return InvalidRequest(found["detail"]).problem() | found
-
-
-def _field_error(error: dict[str, Any]) -> dict[str, Any]:
-    """A pydantic error in our words: detail, field, value and accepted."""
-    kind, (place, *path), context = error["type"], error["loc"], error.get("ctx", {})
-    field = ".".join(str(part) for part in path if part != "[key]") or str(place)
-    value, message = error.get("input"), str(error["msg"])
-    if kind == "json_invalid":
-        return {
-            "detail": f"the body is not JSON: {context.get('error')} at character {path[0]}",
-            "field": "body",
-            "accepted": "a JSON object",
-        }
-    if place == "body" and isinstance(value, bytes):
-        return {
-            "detail": "the body is not sent as JSON",
-            "field": "body",
-            "accepted": "a JSON object with the header Content-Type: application/json",
-        }
-    if kind == "missing":
-        found = {"detail": f"{field} is required", "field": field}
-        return found | _accepted(_description(path) if place == "body" else None)
-    if kind == "extra_forbidden":
-        names = _names(path[:-1])
-        detail = f"{field} is not a field; accepted: {', '.join(names)}"
-        return {"detail": detail, "field": field, "value": value, "accepted": names}
-    if kind == "value_error":
-        return {"detail": f"{field}: {message.removeprefix('Value error, ')}", "field": field, "value": value}
-    if " should have " in message:
-        # Pydantic begins with the name of a Python type.
-        accepted = message.partition(" should have ")[2].replace(" after validation", "")
-        return {"detail": f"{field} should have {accepted}", "field": field, "value": value, "accepted": accepted}
-    accepted = message.removeprefix("Input should be ").removeprefix("Input should ")
-    if kind == "string_pattern_mismatch":
-        accepted = _as_phrase(_description(path)) or accepted
-    return {"detail": f"{field} should be {accepted}", "field": field, "value": value, "accepted": accepted}
-
-
-def _accepted(text: str | None) -> dict[str, str]:
-    return {"accepted": text} if text else {}
-
-
-def _names(path: list[Any]) -> list[str]:
-    """The fields accepted in the search request at `path`."""
-    model: type[BaseModel] = SearchRequest
-    for part in path:
-        # What is no field is a name, of a limit.
-        if part in model.model_fields:
-            model = _document(model.model_fields[part].annotation) or model
-    return list(model.model_fields)
-
-
-def _document(annotation: Any) -> Any:
-    """The document that a field holds, perhaps by name, or may hold."""
-    kinds = (annotation, *get_args(annotation))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-
-
-def _as_phrase(text: str | None) -> str | None:
-    """A description's first sentence, to stand inside one."""
-    if not text:
-        return None
-    sentence = text.split(". ")[0].rstrip(".")
-    return sentence[0].lower() + sentence[1:]
-
-
-def _description(path: list[Any]) -> str | None:
-    """What the search request's field at `path` says of itself."""
-    model: Any = SearchRequest
-    description = None
-    for part in path:
-        fields = getattr(model, "model_fields", {})
-        if part not in fields:
-            return None
-        description, model = fields[part].description, _document(fields[part].annotation)
-    return description
+def _allowed(request: Request) -> list[str]:
+    """The methods that something answers to at the path of `request`."""
+    return [
+        method
+        for method in METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+    ]

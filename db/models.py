@@ -14,12 +14,17 @@ from search.inventory import Inventory
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A registered model; `inventory` is None until a worker has inspected it."""
+    """A model that is known; `inventory` is None until a worker has inspected it."""
 
     name: str
     source: str
     inventory: Inventory | None
     created_at: datetime
+
+    @property
+    def added(self) -> bool:
+        """Whether it was given its name here; else it is known because a search named it by its Hugging Face id."""
+        return self.source != f"hub:{self.name}"
 
 
 def put_model(engine: Engine, name: str, source: str, inventory: Inventory | None) -> None:
@@ -38,7 +43,7 @@ def get_model(engine: Engine, name: str) -> Model | None:
 
 
 def list_models(engine: Engine) -> list[Model]:
-    """All registered models, by name."""
+    """All models that are known, by name."""
     with engine.connect() as connection:
         return [_model(row) for row in connection.execute(_query().order_by(ModelRow.name))]
 

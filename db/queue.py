@@ -12,10 +12,12 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Engine, Row, Select, and_, func, literal, or_, select, update
 
+from db import tallies
+from db.append import append
 from db.errors import AttemptsExhausted
-from db.events import append
-from db.notify import EVENTS, QUEUE, listen, notify
-from db.tables import SearchRow, Stage, State
+from db.notify import CANCEL, EVENTS, QUEUE, notify
+from db.states import Stage, State
+from db.tables import Json, SearchRow
 from search.errors import NotFound
 
 
@@ -39,11 +41,11 @@ def claim(engine: Engine, owner: str, lease: timedelta) -> Claim | None:
     """Take the next due search: the highest priority first, then the oldest; None when nothing is due.
 
     Due are queued searches and those whose worker has let its lease run out. Of the latter, one that was to be
-    cancelled is cancelled, and one that has used up its attempts is failed.
+    cancelled is cancelled, and one that has used up its attempts is failed. After a lost answer, `recover` says whether
+    something was taken.
     """
     take = (
         update(SearchRow)
-        .where(SearchRow.id == next_runnable().scalar_subquery())
         .values(
             state="running",
             stage=None,
@@ -54,21 +56,33 @@ def claim(engine: Engine, owner: str, lease: timedelta) -> Claim | None:
             lease_until=func.now() + lease,
             started_at=func.coalesce(SearchRow.started_at, func.now()),
         )
-        .returning(SearchRow.id, SearchRow.attempt)
+        .returning(SearchRow.attempt)
     )
     with engine.begin() as connection:
         _settle(connection)
-        row = connection.execute(take).first()
-        if row is None:
+    with engine.begin() as connection:
+        due = connection.execute(next_runnable()).first()
+        if due is None:
             return None
-        append(connection, row.id, "state", {"state": "running"})
-        return Claim(row.id, row.attempt, owner)
+        attempt = connection.execute(take.where(SearchRow.id == due.id)).scalar_one()
+        append(connection, due.id, "state", {"state": "running"})
+        if due.state == "running":
+            tallies.add(connection, "attempts_failed", "", 1)
+        return Claim(due.id, attempt, owner)
 
 
-def next_runnable() -> Select[int]:
-    """The id that a claim takes; its row is locked, and rows that others have locked are passed over."""
+def recover(engine: Engine, owner: str) -> Claim | None:
+    """The claim that `owner` has, if any: it was committed, though the answer may have been lost."""
+    query = select(SearchRow.id, SearchRow.attempt).where(_is("running"), SearchRow.owner == owner)
+    with engine.connect() as connection:
+        row = connection.execute(query.order_by(SearchRow.id).limit(1)).first()
+    return None if row is None else Claim(row.id, row.attempt, owner)
+
+
+def next_runnable() -> Select[int, str]:
+    """The id and state of what a claim takes; its row is locked, and rows that others have locked are passed over."""
     return (
-        select(SearchRow.id)
+        select(SearchRow.id, SearchRow.state)
         .where(_due(), ~_spent())
         .order_by(SearchRow.priority.desc(), SearchRow.id)
         .limit(1)
@@ -83,10 +97,16 @@ def heartbeat(engine: Engine, claim: Claim, lease: timedelta) -> bool:
 
 
 def progress(engine: Engine, claim: Claim, stage: Stage, done: int, total: int) -> None:
-    """Say that `done` of `total` steps of `stage` are finished. Raises LeaseLost."""
+    """Say that `done` of `total` steps of `stage` are finished; what was said last is not said again.
+
+    Raises LeaseLost.
+    """
+    said = {"stage": stage, "done": done, "total": total}
     with engine.begin() as connection:
-        _write(connection, claim, stage=stage, done=done, total=total)
-        append(connection, claim.search_id, "progress", {"stage": stage, "done": done, "total": total})
+        held = hold(connection, claim)
+        if (held.stage, held.done, held.total) != (stage, done, total):
+            _write(connection, claim, **said)
+            append(connection, claim.search_id, "progress", said)
 
 
 def succeed(engine: Engine, claim: Claim, summary: dict[str, Any]) -> None:
@@ -124,13 +144,15 @@ def release(engine: Engine, claim: Claim, problem: dict[str, Any] | None = None)
         _write(connection, claim, state="queued", owner=None, lease_until=None, **outcome)
         append(connection, claim.search_id, "state", {"state": "queued"})
         notify(connection, QUEUE, claim.search_id)
+        if problem:
+            tallies.add(connection, "attempts_failed", "", 1)
 
 
 def cancel(engine: Engine, search_id: int) -> State:
     """Ask for the end of a search; its state afterwards.
 
-    A search that nobody works on is cancelled at once; of a running one the worker learns at its next heartbeat; a
-    finished one stays as it is. Raises NotFound.
+    A search that nobody works on is cancelled at once; the worker of a running one is notified, and learns it at its
+    next heartbeat at the latest; a finished one stays as it is. Raises NotFound.
     """
     this = SearchRow.id == search_id
     query = select(SearchRow.state, _due().label("due")).where(this).with_for_update(key_share=True)
@@ -144,22 +166,18 @@ def cancel(engine: Engine, search_id: int) -> State:
         if row.state == "running":
             connection.execute(update(SearchRow).where(this).values(cancel_requested=True))
             notify(connection, EVENTS, search_id)
+            notify(connection, CANCEL, search_id)
         state: State = row.state
         return state
 
 
-def wait(engine: Engine, timeout: float) -> None:
-    """Return when a search may be due, or after `timeout` seconds."""
-    listen(engine, QUEUE, timeout, unless=select(SearchRow.id).where(_due()))
-
-
-def hold(connection: Connection, claim: Claim) -> Row[int, bool]:
-    """Lock the claimed search for the rest of the transaction, and give its attempt and cancel_requested.
+def hold(connection: Connection, claim: Claim) -> Row[bool, str | None, int, int]:
+    """Lock the claimed search for the rest of the transaction; its cancel_requested, stage, done and total.
 
     Raises LeaseLost.
     """
-    query = select(SearchRow.attempt, SearchRow.cancel_requested).where(_fence(claim)).with_for_update(key_share=True)
-    row = connection.execute(query).first()
+    query = select(SearchRow.cancel_requested, SearchRow.stage, SearchRow.done, SearchRow.total).where(_fence(claim))
+    row = connection.execute(query.with_for_update(key_share=True)).first()
     if row is None:
         raise LeaseLost(claim)
     return row
@@ -200,12 +218,16 @@ def _finish(connection: Connection, search_id: int, state: State, **values: Any)
     final = {"state": state, "lease_until": None, "finished_at": func.now(), **values}
     connection.execute(update(SearchRow).where(SearchRow.id == search_id).values(**final))
     append(connection, search_id, "state", {"state": state})
+    tallies.add(connection, "searches_finished", state, 1)
 
 
 def _settle(connection: Connection) -> None:
     """Finish the due searches that must not run again."""
-    spent = select(SearchRow.id, SearchRow.cancel_requested, SearchRow.attempt, SearchRow.error)
-    for row in connection.execute(spent.where(_due(), _spent()).with_for_update(skip_locked=True)).all():
+    rows = connection.execute(spent()).all()
+    died = sum(row.state == "running" for row in rows)
+    if died:
+        tallies.add(connection, "attempts_failed", "", died)
+    for row in rows:
         if row.cancel_requested:
             _finish(connection, row.id, "cancelled")
             continue
@@ -214,3 +236,10 @@ def _settle(connection: Connection) -> None:
             f"{row.attempt} attempts ended before the search did; last reason: {reason}"
         ).problem()
         _finish(connection, row.id, "failed", error=problem | ({"last_error": row.error} if row.error else {}))
+
+
+def spent() -> Select[int, str, bool, int, Json | None]:
+    """The due searches that must not run again, locked: first those to cancel, as their tallies are in this order."""
+    columns = SearchRow.id, SearchRow.state, SearchRow.cancel_requested, SearchRow.attempt, SearchRow.error
+    query = select(*columns).where(_due(), _spent()).order_by(SearchRow.cancel_requested.desc(), SearchRow.id)
+    return query.with_for_update(skip_locked=True)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from sqlalchemy import CheckConstraint, ForeignKey, Identity, Index, MetaData, Text, func, text
-from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy import CheckConstraint, ForeignKey, Identity, Index, MetaData, Text, UniqueConstraint, func, text
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import BigInteger
-
-State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-Stage = Literal["profile", "sensitivity", "baselines", "optimize", "measure", "refine", "evolve", "accept"]
 
 Json = dict[str, Any]
 Time = TIMESTAMP(timezone=True)
@@ -26,6 +23,7 @@ class Base(DeclarativeBase):
             "fk": "%(table_name)s_%(column_0_name)s_fkey",
             "uq": "%(table_name)s_%(column_0_name)s_key",
             "ck": "%(table_name)s_%(constraint_name)s_check",
+            "ix": "%(table_name)s_%(column_0_name)s",
         }
     )
     type_annotation_map: ClassVar[dict[Any, Any]] = {str: Text, datetime: Time, Json: JSONB(none_as_null=True)}
@@ -52,7 +50,8 @@ class SearchRow(Base):
     cancel_requested: Mapped[bool] = mapped_column(server_default=text("false"))
     error: Mapped[Json | None]
     summary: Mapped[Json | None]
-    idempotency_key: Mapped[str | None] = mapped_column(unique=True)
+    key_id: Mapped[int | None] = mapped_column(ForeignKey("api_keys.id", ondelete="RESTRICT"))
+    idempotency_key: Mapped[str | None]
     body_digest: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]
@@ -71,6 +70,25 @@ class SearchRow(Base):
             id,
             postgresql_where=text("state IN ('queued', 'running')"),
         ),
+        # Those that a claim must finish instead; nearly always empty.
+        Index(
+            "searches_spent",
+            "id",
+            postgresql_where=text("state IN ('queued', 'running') AND (cancel_requested OR attempt >= max_attempts)"),
+        ),
+        # What a key has open is counted under a lock: from an index as small as the quota.
+        Index("searches_open", "key_id", postgresql_where=text("state IN ('queued', 'running')")),
+        Index("searches_key_id_id", "key_id", "id"),
+        Index("searches_state_id", "state", "id"),
+        Index("searches_queued", "created_at", postgresql_where=text("state = 'queued'")),
+        Index(
+            "searches_idempotency",
+            "key_id",
+            "idempotency_key",
+            unique=True,
+            postgresql_nulls_not_distinct=True,
+            postgresql_where=text("idempotency_key IS NOT NULL"),
+        ),
     )
 
 
@@ -83,9 +101,10 @@ class EventRow(Base):
     search_id: Mapped[int] = mapped_column(ForeignKey("searches.id", ondelete="CASCADE"))
     kind: Mapped[str]
     data: Mapped[Json]
+    once: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
-    __table_args__ = (Index("events_search_id_id", "search_id", "id"),)
+    __table_args__ = (Index("events_search_id_id", "search_id", "id"), UniqueConstraint("search_id", "once"))
 
 
 class ResultRow(Base):
@@ -97,6 +116,7 @@ class ResultRow(Base):
     kind: Mapped[str]
     value: Mapped[Any] = mapped_column(JSONB)
     seconds: Mapped[float]
+    search_id: Mapped[int | None] = mapped_column(ForeignKey("searches.id", ondelete="SET NULL"), index=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
@@ -139,3 +159,47 @@ class LatencyProfileRow(Base):
     device: Mapped[str]
     profile: Mapped[Json]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class ApiKeyRow(Base):
+    """Who may ask: the digest of a token that was shown once."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    digest: Mapped[str] = mapped_column(unique=True)
+    scopes: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+    max_open: Mapped[int]
+    rate_per_minute: Mapped[int]
+
+    __table_args__ = (CheckConstraint("scopes <@ ARRAY['read', 'write', 'admin']", name="scopes"),)
+
+
+class WorkerRow(Base):
+    """A worker process that is signed in, or was when it died."""
+
+    __tablename__ = "workers"
+
+    owner: Mapped[str] = mapped_column(primary_key=True)
+    host: Mapped[str]
+    pid: Mapped[int]
+    version: Mapped[str]
+    started_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    evaluators: Mapped[int] = mapped_column(server_default="0")
+    gpus: Mapped[Any] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
+
+
+class TallyRow(Base):
+    """A counter that only rises."""
+
+    __tablename__ = "tallies"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    label: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[float]

@@ -65,6 +65,13 @@ class UnsupportedModel(BitfrontierError):
     title = "The model cannot be searched"
 
 
+class ModelTooLarge(UnsupportedModel):
+    """The model does not fit into the memory that is free where it would be loaded."""
+
+    type = "model-too-large"
+    title = "The model does not fit into memory"
+
+
 class InvalidCalibration(BitfrontierError):
     """The calibration data is missing, empty or too short."""
 

@@ -112,6 +112,13 @@ class Evolution:
         state = TrialState.COMPLETE if values else TrialState.FAIL
         self._study.tell(number, values, state=state, skip_if_finished=True)
 
+    def copy_to(self, storage: BaseStorage, name: str) -> None:
+        """Add what was told, and is not there yet, to the study `name` of another storage."""
+        directions = self._study.directions
+        copy = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
+        told = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
+        copy.add_trials(told[len(copy.get_trials(deepcopy=False)) :])
+
     def _enter(self, trial: FrozenTrial) -> Choice:
         """The choice of a trial, which is now known to be asked, and in a generation."""
         self._sampler.get_trial_generation(self._study, trial)

@@ -1,9 +1,11 @@
-"""Whether budgets can be met at all; where not, which of them contradict each other and what each could be."""
+"""Within what a budget can mean anything, and whether budgets can be met at all; where not, which of them contradict
+each other and what each could be."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,6 +14,29 @@ from search.cost import Cost, Resource
 from search.errors import InfeasibleBudget
 from search.ilp import solve
 from search.knapsack import Solution
+from search.space import Space
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """What configurations cost at least and at most, and those that give every unit one scheme, by that; in the units
+    of the budget. A budget below `least` is infeasible, one of `most` or more bounds nothing."""
+
+    least: float
+    most: float
+    uniform: dict[str, float]
+
+
+def feasible_ranges(space: Space, costs: Mapping[Resource, Cost]) -> dict[str, Range]:
+    """Budget → range, of the resources that are counted, to six digits and never below the true ones."""
+    uniform = {str(scheme): choice for scheme in space.schemes if (choice := space.uniform(scheme)) is not None}
+
+    def range_of(cost: Cost, scale: float) -> Range:
+        totals = {scheme: _rounded_up(cost.total(choice) / scale) for scheme, choice in uniform.items()}
+        return Range(_rounded_up(cost.smallest / scale), _rounded_up(cost.largest / scale), totals)
+
+    counted = {name: unit for name, unit in BUDGETS.items() if unit.resource in costs}
+    return {name: range_of(costs[unit.resource], unit.scale) for name, unit in counted.items()}
 
 
 def check_feasible(costs: Mapping[Resource, Cost], bounds: Sequence[Bound]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 LayerKind = Literal["linear", "conv", "embedding", "experts"]
 Task = Literal["causal-lm", "embedding", "image-classification", "sequence-classification"]
 
-_PART = re.compile(r"(?P<whole>.+)\[(?P<start>[0-9]+):(?P<stop>[0-9]+)\]")
+_PART = re.compile(r"(?P<whole>.+)\[(?P<start>[0-9]{1,12}):(?P<stop>[0-9]{1,12})\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Layer:
     what one output channel multiplies. `macs` counts the multiply-accumulates of one input item: one token of text,
     or one image. `block` is the repeated module the layer stands in ("encoder.layer.3"). `aliases` are further
     modules that share the same weight. For one item it multiplies `calls` times (an embedding: 0), by as many places of
-    the item each time.
+    the item each time. `transposed` marks weights stored as inputs × outputs (GPT-2's Conv1D, some fused experts).
     """
 
     name: str
@@ -32,6 +32,7 @@ class Layer:
     block: str | None = None
     aliases: tuple[str, ...] = ()
     calls: int = 1
+    transposed: bool = False
 
     @property
     def weights(self) -> int:

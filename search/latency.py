@@ -12,7 +12,7 @@ from search.cost import Cost
 from search.errors import InvalidRequest
 from search.inventory import Layer
 from search.latency_profile import LatencyProfile, Shape
-from search.request import SearchRequest
+from search.request import CostRequest
 from search.scheme import FULL_PRECISION, Scheme
 from search.space import Space
 
@@ -41,7 +41,7 @@ class Latency:
             if open_
             for layer in unit.layers
         }
-        times = {(layer, scheme): self._median(layer, scheme) for layer, scheme in wanted}
+        times = {(layer, scheme): self.median(layer, scheme) for layer, scheme in wanted}
         missing = [pair for pair, time in times.items() if time is None]
         if missing:
             raise self._unknown(missing)
@@ -54,6 +54,14 @@ class Latency:
         ]
         unsearched = sum(times[layer, FULL_PRECISION] or 0.0 for layer in space.ignored)
         return Cost("latency_us", np.array(table), float(unsearched))
+
+    def median(self, layer: Layer, scheme: Scheme) -> float | None:
+        """Microseconds of all products of a layer in one pass; None where the profile has none of its shape."""
+        shape = product(layer, self.tokens)
+        if shape is None:
+            return 0.0
+        times = self.profile.times.get((shape, scheme))
+        return None if times is None else layer.calls * times.replayed.p50
 
     def summary(self, digest: str) -> dict[str, Any]:
         """What a result says of it; by `crosscheck`, how far the sums are from forward passes of the model."""
@@ -71,14 +79,6 @@ class Latency:
                 if (model, tokens) == (weights, self.tokens)
             ],
         }
-
-    def _median(self, layer: Layer, scheme: Scheme) -> float | None:
-        """Of all products of a layer in one pass; None where the profile has none of its shape."""
-        shape = product(layer, self.tokens)
-        if shape is None:
-            return 0.0
-        times = self.profile.times.get((shape, scheme))
-        return None if times is None else layer.calls * times.replayed.p50
 
     def _unknown(self, missing: Sequence[tuple[Layer, Scheme]]) -> InvalidRequest:
         products = sorted({(product(layer, self.tokens) or Shape(0, 0, 0), scheme) for layer, scheme in missing})
@@ -116,13 +116,13 @@ def product(layer: Layer, tokens: int) -> Shape | None:
     return Shape(layer.rows, layer.columns, places * tokens)
 
 
-def chosen(request: SearchRequest, profiles: Sequence[LatencyProfile]) -> Latency | None:
+def chosen(request: CostRequest, profiles: Sequence[LatencyProfile]) -> Latency | None:
     """The profile that a request names, by its device or its key; of several, the first. None where it counts no time.
 
     Raises InvalidRequest naming the profiles there are, for another name or where a budget on latency names none.
     """
     asked = request.latency
-    if asked is None and not request.counts_latency:
+    if not request.counts_latency:
         return None
     name = asked.profile if asked else None
     for profile in profiles:

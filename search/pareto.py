@@ -16,6 +16,13 @@ def undominated(objectives: NDArray[np.float64]) -> NDArray[np.bool_]:
     a NaN never does.
     """
     keep: NDArray[np.bool_] = np.asarray(~np.isnan(objectives).any(axis=1))
+    if objectives.shape[1] == 2:
+        # From the least first objective on, each has to be smaller in the second than all before.
+        order = np.lexsort((objectives[:, 1], objectives[:, 0]))
+        order = order[keep[order]]
+        seconds = objectives[order, 1]
+        keep[order[1:]] = seconds[1:] < np.minimum.accumulate(seconds)[:-1]
+        return keep
     for row in np.flatnonzero(keep):
         point = objectives[row]
         no_greater = (objectives <= point).all(axis=1) & keep

@@ -1,8 +1,9 @@
-"""What a person may ask: the body of POST /v1/searches. Unknown fields are refused; every field says what it takes."""
+"""What a person may ask: the body of POST /v1/searches. Unknown fields are refused, and so are words for numbers; every
+field says what it takes."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
@@ -17,8 +18,12 @@ ModelName = Annotated[
     str,
     StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=200),
 ]
+# No part begins with a dot: nothing leads out of the data sets folder.
+DatasetName = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*/?$", max_length=200)
+]
 Pattern = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_length=300)]
-Amount = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+Amount = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False, strict=True)]
 KIND = "kind:"
 """Begins a pattern that names layers by their kind."""
 
@@ -31,32 +36,32 @@ class Calibration(_Strict):
     """The data on which the loss is measured. Two further, disjoint splits of its size decide what is accepted, and
     what is reported."""
 
-    dataset: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)] | None = None
+    dataset: DatasetName | None = None
     """`python-docs` (built in), the name of a file or folder in the data sets folder, or a Hugging Face data set
     id. Left out: `python-docs` for text models; image models have no default."""
-    samples: int = Field(32, ge=2, le=4096)
+    samples: int = Field(32, ge=2, le=4096, strict=True)
     """Sequences or images per split."""
-    sequence_length: int = Field(256, ge=8, le=8192)
+    sequence_length: int = Field(256, ge=8, le=8192, strict=True)
     """Tokens per sequence (text models only)."""
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31, strict=True)
     """Which samples are drawn, and which go to which split."""
 
 
 class SpaceRequest(_Strict):
     """Which schemes may be taken, and what takes one: each layer, unless `granularity` says otherwise."""
 
-    schemes: tuple[str, ...] = Field(("w4a16g64", "w5a16g64", "w6a16g64", "w8a16g64"), min_length=1, max_length=32)
-    """Schemes open to every layer, for example `w4a16g64`."""
+    schemes: tuple[str, ...] = Field(TARGETS["generic"].default_schemes, min_length=1, max_length=32)
+    """Schemes open to every layer, for example `w4a16g64`. Left out: the target's, see GET /v1/targets."""
     quantizer: Literal["rtn", "mse"] = "rtn"
     """`rtn` rounds to the min-max grid; `mse` clips each group where its squared error is least."""
-    ignore: tuple[Pattern, ...] = ("lm_head",)
+    ignore: tuple[Pattern, ...] = Field(("lm_head",), max_length=1000)
     """Layers to leave at full precision, by name or glob (`*.classifier`)."""
-    pin: dict[Pattern, str] = Field(default_factory=dict)
+    pin: dict[Pattern, str] = Field(default_factory=dict, max_length=1000)
     """Layers whose scheme is settled, by name or glob: `{"*.down_proj": "w8a16g64"}`. It settles the whole unit."""
     granularity: Literal["layer", "block", "channels"] = "layer"
     """What takes a scheme of its own: a `layer` (with those that the target fuses with it); a whole `block`, such as
     `model.layers.3`; or some output `channels` of each linear layer, with weight-only schemes."""
-    channels: int | None = Field(None, ge=1)
+    channels: int | None = Field(None, ge=1, le=1_000_000, strict=True)
     """With granularity `channels`: how many consecutive output channels share a scheme. The last may be fewer."""
 
     @field_validator("schemes")
@@ -159,7 +164,7 @@ class LatencyRequest(_Strict):
     profile: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_length=200)]
     """A device with a stored profile, such as `NVIDIA H100 80GB HBM3`, or the key of one (see GET
     /v1/latency-profiles)."""
-    tokens: int = Field(1, ge=1, le=1_000_000)
+    tokens: int = Field(1, ge=1, le=1_000_000, strict=True)
     """Tokens, or images, of one forward pass."""
 
 
@@ -173,14 +178,59 @@ class Optimizer(_Strict):
     objective: Literal["loss", "size_mb", "avg_bits", "gbitops", "latency_ms"] = "loss"
     """What the best point has least of, among those that keep every budget. With a cost, `budgets.loss_increase` says
     how much loss is allowed: the smallest model that loses no more."""
-    points: int = Field(20, ge=1, le=200)
+    points: int = Field(20, ge=1, le=200, strict=True)
     """Budget levels that are swept."""
-    evaluations: int = Field(64, ge=1, le=10_000)
+    evaluations: int = Field(64, ge=1, le=10_000, strict=True)
     """Most configurations to measure on the calibration data. The uniform baselines come first and are always measured;
     the best of every level are measured again on two further splits, to be accepted and reported."""
 
 
-class SearchRequest(_Strict):
+class CostRequest(_Strict):
+    """What the costs of configurations depend on: the model, the runtime, the schemes, and the device that is timed."""
+
+    model: ModelName
+    """A registered name (see GET /v1/models) or a Hugging Face id such as `org/name`."""
+    target: str = "generic"
+    """The runtime that will load the result; it decides which layers must share a scheme."""
+    space: SpaceRequest = Field(default_factory=SpaceRequest)
+    latency: LatencyRequest | None = None
+    """Left out: latency is neither counted nor bounded."""
+
+    @property
+    def counts_latency(self) -> bool:
+        """Whether latency is counted."""
+        return self.latency is not None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _schemes_of_the_target(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        target, space = given.get("target"), given.get("space", {})
+        if not (isinstance(target, str) and target in TARGETS and isinstance(space, dict) and "schemes" not in space):
+            return given
+        return given | {"space": space | {"schemes": TARGETS[target].default_schemes}}
+
+    @field_validator("target")
+    @classmethod
+    def _known_target(cls, target: str) -> str:
+        if target not in TARGETS:
+            raise ValueError(f"'{target}' is not a target; accepted: {', '.join(sorted(TARGETS))}")
+        return target
+
+    @model_validator(mode="after")
+    def _latency_of_whole_layers(self) -> Self:
+        if self.latency is not None and self.space.granularity == "channels":
+            raise InvalidRequest(
+                "latency is measured of whole layers; a kernel does not multiply by some of their channels alone",
+                field="latency",
+                value=self.latency.profile,
+                accepted="granularity 'layer' or 'block', or no latency",
+            )
+        return self
+
+
+class SearchRequest(CostRequest):
     """A model and a budget; everything else has a default."""
 
     model_config = ConfigDict(
@@ -200,35 +250,18 @@ class SearchRequest(_Strict):
         },
     )
 
-    model: ModelName
-    """A registered name (see GET /v1/models) or a Hugging Face id such as `org/name`."""
-    target: str = "generic"
-    """The runtime that will load the result; it decides which layers must share a scheme."""
     calibration: Calibration = Field(default_factory=Calibration)
-    space: SpaceRequest = Field(default_factory=SpaceRequest)
     budgets: Budgets
-    latency: LatencyRequest | None = None
-    """Left out: latency is neither counted nor bounded."""
-    sensitivity: tuple[MetricName, ...] = Field(("fisher", "kl"), min_length=1)
+    sensitivity: tuple[MetricName, ...] = Field(("fisher", "kl"), min_length=1, max_length=64)
     """Metrics that predict the loss; each fills its own table and proposes its own configurations."""
     optimizer: Optimizer = Field(default_factory=Optimizer)
 
     @property
     def counts_latency(self) -> bool:
-        """Whether a budget, a limit or the objective is on latency."""
+        """Whether latency is counted: a device is named, or a budget, a limit or the objective is on it."""
         bounds = (self.budgets, *self.budgets.limits.values())
-        return self.optimizer.objective == "latency_ms" or any("latency_ms" in bound.named() for bound in bounds)
-
-    @model_validator(mode="after")
-    def _latency_of_whole_layers(self) -> Self:
-        if self.latency is not None and self.space.granularity == "channels":
-            raise InvalidRequest(
-                "latency is measured of whole layers; a kernel does not multiply by some of their channels alone",
-                field="latency",
-                value=self.latency.profile,
-                accepted="granularity 'layer' or 'block', or no latency",
-            )
-        return self
+        bounded = self.optimizer.objective == "latency_ms" or any("latency_ms" in bound.named() for bound in bounds)
+        return super().counts_latency or bounded
 
     @model_validator(mode="after")
     def _loss_bounded_where_a_cost_is_sought(self) -> Self:
@@ -241,13 +274,6 @@ class SearchRequest(_Strict):
                 accepted=f"'loss', or {objective} together with budgets.loss_increase",
             )
         return self
-
-    @field_validator("target")
-    @classmethod
-    def _known_target(cls, target: str) -> str:
-        if target not in TARGETS:
-            raise ValueError(f"'{target}' is not a target; accepted: {', '.join(sorted(TARGETS))}")
-        return target
 
     @field_validator("sensitivity")
     @classmethod

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +16,13 @@ from search.inventory import Inventory, Layer, whole_and_channels
 from search.request import SpaceRequest
 from search.scheme import FULL_PRECISION, Scheme
 from search.targets import Target
+
+MOST_ENTRIES = 1_000_000
+"""Units × schemes of the largest space. A request may ask for one as large as it likes by few channels a unit."""
+
+
+class TooFine(InvalidRequest):
+    """The space has more entries than it may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +70,12 @@ class Space:
         return np.where(self.pinned, self.allowed.argmax(axis=1), column).astype(np.int64)
 
 
-def build_space(inventory: Inventory, request: SpaceRequest, target: Target) -> Space:
+def build_space(inventory: Inventory, request: SpaceRequest, target: Target, *, most: int = MOST_ENTRIES) -> Space:
     """Tie layers into units as the request's granularity and `target` have it, apply ignores and pins.
 
     Raises InvalidRequest for a scheme or granularity the target refuses, a pin that matches no layer or contradicts
-    another, or a group size that does not divide; UnsupportedModel when nothing is left to search.
+    another, or a group size that does not divide; TooFine for more units × schemes than `most`; UnsupportedModel when
+    nothing is left to search.
     """
     _check_splits(request, target)
     schemes = [_accepted(Scheme.parse(text), target, "space.schemes") for text in request.schemes]
@@ -84,26 +95,29 @@ def build_space(inventory: Inventory, request: SpaceRequest, target: Target) -> 
                 accepted=f"a glob over {_some([layer.name for layer in searched])}",
             )
     _check_whole(searched, ignored, target)
-    units = tie(searched, target, blocks=request.granularity == "block")
-    if request.channels is not None:
-        units = [part for unit in units for part in _cut(unit, request.channels)]
-    if not units:
+    tied = tie(searched, target, blocks=request.granularity == "block")
+    if not tied:
         raise UnsupportedModel(
             f"no layer of this {inventory.architecture} is left to search for target '{target.name}'",
             field="space.ignore",
             value=list(request.ignore),
             accepted=f"patterns that leave at least one of {_some([layer.name for layer in inventory.layers])}",
         )
+    if request.channels is not None:
+        _check_entries(tied, request.channels, len(columns), most)
 
-    allowed = np.zeros((len(units), len(columns)), dtype=bool)
-    pinned = np.zeros(len(units), dtype=bool)
-    for row, unit in enumerate(units):
+    units: list[Unit] = []
+    allowed: list[NDArray[np.bool_]] = []
+    pinned: list[bool] = []
+    for unit in tied:
         settled = _pinned(unit, pins)
-        pinned[row] = bool(settled)
         for scheme in settled or schemes:
-            _check_takes(unit, scheme)
-            allowed[row, columns.index(scheme)] = True
-    return Space(tuple(units), columns, allowed, pinned, tuple(ignored))
+            _check_takes(unit, scheme, target)
+        parts = [unit] if request.channels is None else _cut(unit, request.channels)
+        units += parts
+        allowed += [np.isin(np.arange(len(columns)), [columns.index(one) for one in settled or schemes])] * len(parts)
+        pinned += [bool(settled)] * len(parts)
+    return Space(tuple(units), columns, np.array(allowed), np.array(pinned), tuple(ignored))
 
 
 def tie(layers: list[Layer], target: Target, *, blocks: bool = False) -> list[Unit]:
@@ -123,12 +137,31 @@ def _unit(name: str, members: list[Layer]) -> Unit:
 
 def _cut(unit: Unit, channels: int) -> list[Unit]:
     """The groups of output channels of a linear layer that is tied to no other; every other unit stays whole."""
-    layer, *others = unit.layers
-    if others or layer.kind != "linear" or layer.rows <= channels:
+    layer = unit.layers[0]
+    if _groups(unit, channels) == 1:
         return [unit]
     starts = range(0, layer.rows, channels)
     parts = [layer.part(range(start, min(start + channels, layer.rows))) for start in starts]
     return [Unit(part.name, (part,)) for part in parts]
+
+
+def _groups(unit: Unit, channels: int) -> int:
+    """Into how many units `_cut` makes a unit."""
+    layer, *others = unit.layers
+    return 1 if others or layer.kind != "linear" else ceil(layer.rows / channels)
+
+
+def _check_entries(tied: list[Unit], channels: int, schemes: int, most: int) -> None:
+    """Refuse what would take minutes and gigabytes to build, before anything of it is built."""
+    units = sum(_groups(unit, channels) for unit in tied)
+    if units * schemes > most:
+        raise TooFine(
+            f"{channels} channels to a unit make {units:,} units, and with {schemes} schemes {units * schemes:,} "
+            f"entries of the space, of which there may be {most:,}",
+            field="space.channels",
+            value=channels,
+            accepted=f"more channels to a unit, or fewer schemes: at most {most:,} units × schemes",
+        )
 
 
 def _unit_name(name: str, target: Target) -> str:
@@ -171,7 +204,14 @@ def _ignored(layer: Layer, request: SpaceRequest, target: Target) -> bool:
 def matches(layer: Layer, pattern: str) -> bool:
     """Whether a name or glob names the layer, by its own name or by one of another module that shares its weight; a
     part, by the name of its layer."""
-    return any(fnmatchcase(name, pattern) for name in (whole_and_channels(layer.name)[0], *layer.aliases))
+    named = _compiled(pattern)
+    return any(named.match(name) for name in (whole_and_channels(layer.name)[0], *layer.aliases))
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    # `fnmatch` remembers 256 patterns, and a request may have a thousand, each asked of every layer.
+    return re.compile(translate(pattern))
 
 
 def _accepted(scheme: Scheme, target: Target, field: str) -> Scheme:
@@ -198,7 +238,7 @@ def _pinned(unit: Unit, pins: dict[str, Scheme]) -> list[Scheme]:
     return list(found)
 
 
-def _check_takes(unit: Unit, scheme: Scheme) -> None:
+def _check_takes(unit: Unit, scheme: Scheme, target: Target) -> None:
     for layer in unit.layers:
         if not scheme.fits(layer.columns):
             raise InvalidRequest(
@@ -208,6 +248,14 @@ def _check_takes(unit: Unit, scheme: Scheme) -> None:
                 value=str(scheme),
                 accepted=f"a group size that divides {layer.columns}, no group size (one scale per output channel), "
                 f"or '{layer.name}' in space.ignore or pinned in space.pin",
+            )
+        reason = target.refuses_at(layer, scheme)
+        if reason:
+            raise InvalidRequest(
+                f"{layer.name} cannot take {scheme} for target '{target.name}': {reason}",
+                field="space.schemes",
+                value=str(scheme),
+                accepted=f"other schemes, or '{layer.name}' in space.ignore or pinned in space.pin",
             )
         if layer.kind in ("embedding", "experts") and scheme.quantizes_activations and scheme != FULL_PRECISION:
             raise InvalidRequest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from search import gguf_tensors
 from search.errors import InvalidRequest
 from search.inventory import Layer
 from search.scheme import Scheme
@@ -16,7 +17,8 @@ class Target:
 
     `fused` lists sets of sibling names under one parent that the runtime merges into one matrix; `ties_experts` says
     whether all experts of a layer must agree, `splits_layers` whether output channels of one layer may differ.
-    `refuses(layer)` and `refuses_scheme(scheme)` give the reason, or None.
+    `refuses(layer)`, `refuses_scheme(scheme)` and, of the two together, `refuses_at(layer, scheme)` give the reason, or
+    None. `default_schemes` are open to every layer where a request names none.
     """
 
     name: str
@@ -26,6 +28,8 @@ class Target:
     refuses: Callable[[Layer], str | None]
     refuses_scheme: Callable[[Scheme], str | None]
     splits_layers: bool = False
+    refuses_at: Callable[[Layer, Scheme], str | None] = lambda layer, scheme: None
+    default_schemes: tuple[str, ...] = ("w4a16g64", "w5a16g64", "w6a16g64", "w8a16g64")
 
 
 # The names under which model families keep what runtimes merge: Llama-like, BERT-like and DistilBERT's attention,
@@ -54,6 +58,8 @@ def _vllm_refuses(layer: Layer) -> str | None:
         return "vLLM loads quantized heads and poolers in some models only"
     if parts[-1] in _VLLM_ROUTERS:
         return "vLLM keeps routers at full precision"
+    if layer.transposed:
+        return "compressed-tensors does not quantize transposed weights (Conv1D)"
     if len(parts) == 1:
         return "vLLM takes a name without a dot for a kind of layer"
     return None
@@ -76,6 +82,34 @@ def _vllm_refuses_scheme(scheme: Scheme) -> str | None:
     return None
 
 
+def _onnxruntime_refuses(layer: Layer) -> str | None:
+    if layer.transposed:
+        return "Olive does not quantize transposed weights (Conv1D)"
+    if layer.kind in ("conv", "experts"):
+        return "ONNX Runtime's MatMulNBits stands for linear layers"
+    if layer.kind == "embedding" and layer.name != "model.embed_tokens":
+        return "Olive quantizes the embedding of the input tokens only"
+    return None
+
+
+def _onnxruntime_refuses_scheme(scheme: Scheme) -> str | None:
+    if not scheme.quantizes_weights:
+        return None
+    if scheme.quantizes_activations:
+        return "MatMulNBits says nothing of how activations are stored"
+    if scheme.weight_bits not in (2, 4, 8):
+        return f"MatMulNBits has no {scheme.weight_bits}-bit weights"
+    if scheme.group_size is None:
+        return "MatMulNBits takes blocks of 16 to 256 weights, not whole rows"
+    return None
+
+
+def _onnxruntime_refuses_at(layer: Layer, scheme: Scheme) -> str | None:
+    if layer.kind == "embedding" and scheme.weight_bits == 2:
+        return "ONNX Runtime looks up embeddings of 4 or 8 bits"
+    return None
+
+
 TARGETS = {
     target.name: target
     for target in (
@@ -95,6 +129,27 @@ TARGETS = {
             ties_experts=True,
             refuses=_vllm_refuses,
             refuses_scheme=_vllm_refuses_scheme,
+        ),
+        Target(
+            "llama.cpp",
+            "llama.cpp through a GGUF file: every tensor has a type of its own, weights of 2, 3, 4, 5, 6 or 8 bits",
+            fused=(),
+            ties_experts=False,
+            refuses=gguf_tensors.refuses,
+            refuses_scheme=gguf_tensors.refuses_scheme,
+            refuses_at=gguf_tensors.refuses_at,
+            # Types of 32 weights fit rows of any model; those of 3 and 6 bits want rows of whole 256.
+            default_schemes=("w4a16g32", "w5a16g32", "w8a16g32"),
+        ),
+        Target(
+            "onnxruntime",
+            "ONNX Runtime through Olive: q/k/v share a scheme; grouped weights of 2, 4 or 8 bits",
+            fused=FUSED_SIBLINGS[:1],
+            ties_experts=False,
+            refuses=_onnxruntime_refuses,
+            refuses_scheme=_onnxruntime_refuses_scheme,
+            refuses_at=_onnxruntime_refuses_at,
+            default_schemes=("w4a16g64", "w8a16g64"),
         ),
     )
 }

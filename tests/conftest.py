@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,8 +14,23 @@ from sqlalchemy import Engine, text
 
 from db import embedded
 from db.engine import connect, migrate
+from db.logs import CHATTY
 from db.studies import SCHEMA
 from db.tables import Base
+from scripts.model_roots import open_roots
+from tests.running import (  # noqa: F401 - pytest looks for them here
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_report_teststatus,
+    pytest_runtest_call,
+    pytest_runtest_setup,
+    pytest_runtest_teardown,
+    pytest_xdist_make_scheduler,
+)
+
+open_roots()
+
+SERVERS = ("uvicorn", "uvicorn.error", "uvicorn.access")
 
 
 @pytest.fixture(scope="class")
@@ -50,6 +67,18 @@ def migrated_engine(postgres_url: str) -> Iterator[Engine]:
     engine.dispose()
 
 
+@pytest.fixture(scope="module")
+def own_engine(migrated_engine: Engine) -> Iterator[Engine]:
+    """An engine on a database of the module's own, with the schema in place: what a test leaves, the next one finds."""
+    name = f"own_{secrets.token_hex(8)}"
+    with migrated_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    engine = connect(migrated_engine.url.set(database=name).render_as_string(hide_password=False))
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
 @pytest.fixture
 def engine(migrated_engine: Engine) -> Engine:
     """An engine on the run's Postgres with all tables empty, ids that start at 1, and no studies."""
@@ -58,6 +87,19 @@ def engine(migrated_engine: Engine) -> Engine:
         connection.execute(text(f"TRUNCATE {tables} RESTART IDENTITY"))
         connection.execute(text(f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE"))
     return migrated_engine
+
+
+@pytest.fixture
+def own_logs() -> Iterator[None]:
+    """What a test makes of the logs of this process is taken back: else others would write where it did, and that is
+    closed by then."""
+    known = [logging.getLogger(), *map(logging.getLogger, (*CHATTY, *SERVERS, "transformers", "huggingface_hub"))]
+    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in known]
+    yield
+    for logger, handlers, level, propagate in before:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def _open_folder() -> Path:

@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from search.errors import InvalidCalibration
@@ -198,9 +197,7 @@ def _image_samples(
 def _preprocessed(image: Any, name: str, loaded: LoadedModel) -> Tensor:
     try:
         if isinstance(image, Path):
-            with Image.open(image) as opened:
-                grey = _channels(loaded) == 1
-                image = np.atleast_3d(np.asarray(opened.convert("L" if grey else "RGB")))
+            image = datasets.open_image(image, grey=_channels(loaded) == 1)
         processed = loaded.preprocessor(image, input_data_format="channels_last", return_tensors="pt")
     except (ValueError, OSError) as error:
         raise InvalidCalibration(

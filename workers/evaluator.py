@@ -24,10 +24,12 @@ from workers.kernels.backend import deploys
 from workers.kernels.linear import StandIns, pack_rounded, refusal, reroute, stand_in
 from workers.layers import CONVOLUTIONS, Layers, WeightedLayer, enumerate_layers
 from workers.loss import divergence, next_token_loss
-from workers.models import Dtype, LoadedModel, load_model
+from workers.models import LoadedModel, load_model
+from workers.placement import Placement
 from workers.prefix import BlockChain, find_chain
 from workers.quantizers import Grid, choose_grid, round_to_grid
 from workers.quantizers.activation import round_activation
+from workers.settings import Dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class EvaluatorSpec:
     """What an evaluator is built from: anything that agrees in this may share one.
 
     `files` fingerprints the files behind `source` and the data set: a model or data set that was replaced is another.
-    `dtype` is what the model computes in.
+    `device` is torch's, or `auto` for all GPUs that the evaluator sees; `dtype` is what the model computes in.
     """
 
     source: str
@@ -71,16 +73,20 @@ class Evaluator:
         self.reached: dict[tuple[str, int], tuple[int, Any]] = {}
         """(split, batch) → a number of blocks and the output of the last of them at full precision: where a walk of
         `sensitivity.variants` stopped, and the next one may go on."""
-        for name in self.layers:
+        spread = len({parameter.device for parameter in loaded.model.parameters()}) > 1
+        for name, layer in self.layers.items():
             for module in self.modules(name):
+                if spread:
+                    module.register_forward_pre_hook(brought_to(layer.parameter.device), with_kwargs=True)
                 module.register_forward_pre_hook(by_position(module), with_kwargs=True)
             for module in self.modules_that_round(name):
                 module.register_forward_pre_hook(self._round_input(name, module))
 
     @classmethod
-    def build(cls, spec: EvaluatorSpec) -> Evaluator:
-        """Load what `spec` names."""
-        loaded = load_model(spec.source, torch.device(spec.device), spec.dtype)
+    def build(cls, spec: EvaluatorSpec, *, shared: bool = False) -> Evaluator:
+        """Load what `spec` names; `shared`: with weights that evaluators in other processes of this machine share."""
+        device: Placement = "auto" if spec.device == "auto" else torch.device(spec.device)
+        loaded = load_model(spec.source, device, spec.dtype, shared=shared)
         return cls(loaded, load_data(spec.calibration, loaded), spec.quantizer)
 
     @property
@@ -342,6 +348,18 @@ def by_position(module: nn.Module) -> Callable[..., tuple[tuple[Any, ...], dict[
         return bound.args, bound.kwargs
 
     return rearrange
+
+
+def brought_to(device: torch.device) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A hook after which what a module is called with lies on `device`: other hooks see it beside the weight."""
+    from accelerate.utils import send_to_device
+
+    def bring(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return send_to_device(args, device), send_to_device(kwargs, device)
+
+    return bring
 
 
 def _layers(loaded: LoadedModel, chain: BlockChain | None) -> Layers:

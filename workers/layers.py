@@ -22,14 +22,12 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class WeightedLayer:
     """A layer, or a part of one, together with the module that runs it and the parameter that holds its weight.
 
-    `transposed` marks weights stored as inputs × outputs (GPT-2's Conv1D, some fused experts). `channels` are the
-    output channels that a part has of its layer.
+    `channels` are the output channels that a part has of its layer.
     """
 
     layer: Layer
     module: nn.Module
     parameter: nn.Parameter
-    transposed: bool = False
     channels: slice = field(default_factory=lambda: slice(None))
 
     @property
@@ -39,7 +37,7 @@ class WeightedLayer:
 
     def of(self, whole: Tensor) -> Tensor:
         """What a tensor that is shaped as the parameter says of this layer or part: a view, shaped as `weight`."""
-        return whole[..., self.channels] if self.transposed else whole[self.channels]
+        return whole[..., self.channels] if self.layer.transposed else whole[self.channels]
 
     def replaced(self, whole: Tensor, weight: Tensor) -> Tensor:
         """`whole`, shaped as the parameter, with another `weight` of this layer or part."""
@@ -55,7 +53,7 @@ class WeightedLayer:
 
     def matrix(self, weight: Tensor) -> Tensor:
         """`weight`, shaped as the layer's, as rows × columns."""
-        if self.transposed:
+        if self.layer.transposed:
             weight = weight.transpose(-1, -2)
         columns = weight.shape[-1] if self.layer.kind == "experts" else weight[0].numel()
         return weight.reshape(-1, columns)
@@ -63,7 +61,7 @@ class WeightedLayer:
     def unmatrix(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`."""
         shape = self.weight.shape
-        if self.transposed:
+        if self.layer.transposed:
             return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).contiguous()
         return matrix.reshape(shape)
 
@@ -187,9 +185,9 @@ def _describe(name: str, module: nn.Module) -> list[WeightedLayer]:
 def _weighted(
     name: str, kind: LayerKind, module: nn.Module, parameter: nn.Parameter, transposed: bool = False
 ) -> WeightedLayer:
-    weighted = WeightedLayer(Layer(name, kind, 0, 0), module, parameter, transposed)
+    weighted = WeightedLayer(Layer(name, kind, 0, 0, transposed=transposed), module, parameter)
     rows, columns = weighted.matrix(parameter.detach()).shape
-    weighted.layer = Layer(name, kind, rows, columns)
+    weighted.layer = replace(weighted.layer, rows=rows, columns=columns)
     return weighted
 
 

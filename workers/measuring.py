@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from db.candidates import put_candidates
-from db.events import add_event
-from db.tables import Stage
+from db.candidates import candidates, put_candidates
+from db.events import tell
+from db.states import Stage
 from search.acceptance import accepted, finalists
 from search.candidate import Candidate, Source
 from search.expansion import CHARGE, Expansion
@@ -28,7 +28,7 @@ from workers.calibration import Split
 from workers.profiling import Profile
 from workers.run import Run
 from workers.sensitivity.expansion import expansion
-from workers.tasks import MEASURE, Item, Result, Task
+from workers.tasks import MEASURE, Item, Result, Task, content_key
 
 Floats = NDArray[np.float64]
 
@@ -42,7 +42,10 @@ NORMAL = 1.645
 
 @dataclass(slots=True)
 class Measuring:
-    """The trials of a search and the candidates that they become, judged and stored as results come."""
+    """The trials of a search and the candidates that they become, judged and stored as results come.
+
+    What an attempt before this one has shown stands until this one knows as much.
+    """
 
     run: Run
     profile: Profile
@@ -52,8 +55,18 @@ class Measuring:
     trials: dict[int, Trial] = field(default_factory=dict)
     """By the place of their candidates."""
     _places: dict[bytes, int] = field(default_factory=dict)
+    _shown: int = 0
+    """So many measured candidates an attempt before this one has stored."""
+    _stored: list[Candidate] | None = None
+    """What this attempt has stored last; None before it has."""
     _stage: Stage = "baselines"
     _progress: tuple[float, float] = (0, 0)
+
+    def __post_init__(self) -> None:
+        run = self.run
+        if run.claim.attempt > 1:
+            known = run.insist(lambda: candidates(run.engine, run.claim.search_id))
+            self._shown = sum(bool(one.metrics) for one in known)
 
     def enter(self, stage: Stage, total: int) -> None:
         """Begin a stage of so many evaluations."""
@@ -147,17 +160,18 @@ class Measuring:
 
     def compute(self, task: Task, items: Sequence[Item]) -> list[Result]:
         """What else has to be known, without progress of its own."""
-        return self.run.compute(task, items, self._stage, part=(self._progress[1], self._progress[1], 0))
+        return self.run.compute(task, items, self._stage, part=(*self._progress, 0))
 
     def price(self, surrogate: Surrogate) -> None:
         """Say, of every point of the frontier, what share of its loss more of the bounded resources would save."""
         bounded = dict.fromkeys([*self.profile.axes, *(bound.resource for bound in self.profile.bounds)])
         for at, candidate in enumerate(self.candidates):
             if candidate.on_frontier:
+                self.run.pause()
                 limits = {name: candidate.costs[name] for name in bounded}
                 shares = share_prices(surrogate.table, self.profile.costs, limits, surrogate.power)
                 self.candidates[at] = replace(candidate, shadow_prices=shares)
-        put_candidates(self.run.engine, self.run.claim, self.candidates)
+        self._store()
 
     def _place(self, choice: Choice, source: Source, label: str) -> int:
         """Where the candidate of a choice stands; a new one stands last."""
@@ -189,12 +203,19 @@ class Measuring:
     def _judge(self) -> None:
         limit, over = self.run.request.budgets.loss_increase, self.profile.axes
         self.candidates[:] = judge(self.candidates, self.profile.bounds, limit, over)
-        put_candidates(self.run.engine, self.run.claim, self.candidates)
+        if len(self.trials) >= self._shown:
+            self._store()
+
+    def _store(self) -> None:
+        before, self._stored = self._stored, None  # what is stored when this fails, nobody knows
+        self.run.insist(lambda: put_candidates(self.run.engine, self.run.claim, self.candidates, before))
+        self._stored = list(self.candidates)
 
     def _tell(self, candidate: Candidate) -> None:
         about: dict[str, Any] = {"number": candidate.number, "label": candidate.label, "source": candidate.source}
         about |= {"loss": candidate.loss, "costs": candidate.costs}
-        add_event(self.run.engine, self.run.claim.search_id, "measured", about)
+        once = f"measured:{candidate.number}:{content_key(about)}"
+        self.run.insist(lambda: tell(self.run.engine, self.run.claim, "measured", about, once))
 
 
 def coverage(candidates: Sequence[Candidate]) -> dict[str, float | int]:

@@ -1,19 +1,28 @@
-"""Load a model from a Hugging Face folder, a hub id or a GGUF file. Safetensors and GGUF only; never remote code."""
+"""Load a model from the files of its source. Safetensors and GGUF only; never remote code."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from search.errors import UnsupportedModel
+from search.errors import ModelTooLarge, UnsupportedModel
 from search.inventory import Task
+from workers.fingerprint import unchanged
+from workers.headers import Shapes, read_gguf, read_safetensors
+from workers.memory import check_fits
+from workers.placement import Placement, devices_of, place
+from workers.settings import Dtype
+from workers.sharing import digest_key, load_shared
+from workers.sources import CONFIG, POOLING_FILE, ModelFiles, find_model, read_json
 
 TASKS: dict[str, Task] = {
     "ForCausalLM": "causal-lm",
@@ -24,13 +33,17 @@ TASKS: dict[str, Task] = {
 }
 """What an architecture's name ends with → its task; longer endings first."""
 
-Dtype = Literal["float32", "bfloat16"]
-
-POOLING_FILE = "1_Pooling/config.json"
 POOLINGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 """`pooling_mode` of a sentence-transformers folder → the flag that said so before version 6 of the library."""
 
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json"]
+FROM_ELSEWHERE = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+"""The settings that may ask for code of the model's own."""
+
+MOST_LABELS = 2**20
+
+Build = Callable[..., tuple[nn.Module, str]]
+"""Makes the model of a task, a configuration and what else the library needs to find its weights; with the digest of
+its files."""
 
 
 @dataclass(slots=True)
@@ -50,7 +63,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's parameters are."""
+        """Where the model's first parameters are: what it is fed with goes there."""
         return next(self.model.parameters()).device
 
     @property
@@ -77,96 +90,129 @@ class LoadedModel:
         return logits
 
 
-HUB = "hub:"
+def load_model(source: str, device: Placement, dtype: Dtype = "float32", *, shared: bool = False) -> LoadedModel:
+    """Load `source` (see `workers.sources`), to compute in `dtype`, which is part of its digest; `shared`: with weights
+    that other processes of this machine share, where they lie in its memory.
 
-
-def dtype() -> Dtype:
-    """What models compute in, as `BITFRONTIER_DTYPE` says: float32 (default) or bfloat16. Raises ValueError."""
-    chosen = os.environ.get("BITFRONTIER_DTYPE", "float32")
-    if chosen not in get_args(Dtype):
-        raise ValueError(f"BITFRONTIER_DTYPE is '{chosen}'; accepted: {', '.join(get_args(Dtype))}")
-    return cast(Dtype, chosen)
-
-
-def source_of(given: str) -> str:
-    """The source that a person means: the absolute path of what exists here, else a hub id (`hub:org/name`)."""
-    path = Path(given).expanduser()
-    return str(path.resolve()) if path.exists() else HUB + given
-
-
-def load_model(source: str, device: torch.device, dtype: Dtype = "float32") -> LoadedModel:
-    """Load `source`: a folder, a `.gguf` file, or `hub:org/name`, to compute in `dtype`, which is part of its digest.
-
-    Raises UnsupportedModel when there is no such model, its files are pickles, damaged or incomplete, it is quantized
-    already, or its architecture has no known task.
+    Raises UnsupportedModel when there is no such model, its files are pickles, damaged or incomplete, it asks for code
+    of its own, is quantized already, holds numbers that are not finite, or its architecture has no known task;
+    ModelTooLarge when it does not fit into the memory that is free, ModelChanged when its files change meanwhile.
     """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    path = _from_hub(source.removeprefix(HUB)) if source.startswith(HUB) else Path(source)
-    gguf = path.suffix == ".gguf" and path.is_file()
-    loaded = _load_gguf(path, device) if gguf else _load_folder(path, device)
+    files = find_model(source)
+    shapes = _headers(files)
+    with files.opened() as folder:
+        load = _load_gguf if files.gguf else _load_folder
+        build = partial(_instantiate, files, folder, shapes, device, getattr(torch, dtype), shared)
+        loaded = load(files, folder, shapes, build)
     if dtype != "float32":
-        loaded.model.to(getattr(torch, dtype))
         loaded.digest += f":{dtype}"
     return loaded
 
 
-def _load_folder(folder: Path, device: torch.device) -> LoadedModel:
+def _load_folder(files: ModelFiles, folder: Path, shapes: Shapes, build: Build) -> LoadedModel:
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
-    if not (folder / "config.json").is_file():
-        raise UnsupportedModel(
-            f"{folder.name} has no config.json",
-            field="model",
-            value=folder.name,
-            accepted="a Hugging Face model folder",
-        )
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickles = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(kind))
-        raise UnsupportedModel(
-            f"{folder.name} has no safetensors weights"
-            + (f"; {pickles[0]} is a pickle, which can run code when it is loaded" if pickles else ""),
-            field="model",
-            value=folder.name,
-            accepted="weights in .safetensors, or a .gguf file",
-        )
-    try:
+    _check_settings(files, len(shapes))
+    with _refusing(files.name, f"the configuration of {files.name} cannot be read", folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise UnsupportedModel(
-            f"the configuration of {folder.name} cannot be read: {_first_line(error)}", field="model", value=folder.name
-        ) from error
-    architecture = (config.architectures or [type(config).__name__.removesuffix("Config") + "Model"])[0]
-    task = _task(architecture, config, folder.name)
+        architecture = (config.architectures or [type(config).__name__.removesuffix("Config") + "Model"])[0]
+    task = _task(architecture, config, files.name)
     preprocessor = AutoImageProcessor if task == "image-classification" else AutoTokenizer
+    pooling = _pooling(files)
+    model, digest = build(task, config)
     return LoadedModel(
-        model=_instantiate(folder, folder.name, task, config, {}).to(device),
+        model=model,
         task=task,
         architecture=architecture,
-        digest=_digest([folder / "config.json", *weights, *folder.glob(POOLING_FILE)]),
-        preprocessor=_preprocessor(preprocessor, folder, folder.name, required=task != "image-classification"),
-        pooling=_pooling(folder),
+        digest=digest,
+        preprocessor=_preprocessor(preprocessor, folder, required=task != "image-classification"),
+        pooling=pooling,
     )
 
 
-def _load_gguf(file: Path, device: torch.device) -> LoadedModel:
-    from transformers import AutoTokenizer
+def _load_gguf(files: ModelFiles, folder: Path, shapes: Shapes, build: Build) -> LoadedModel:
+    from transformers import AutoConfig, AutoTokenizer
 
-    model = _instantiate(file.parent, file.name, "causal-lm", None, {"gguf_file": file.name})
+    options: dict[str, Any] = {"gguf_file": files.name}
+    with _refusing(files.name, f"{files.name} cannot be loaded", folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+        _check_counts(config.to_dict(), len(shapes), files.name)
+    model, digest = build("causal-lm", config, **options)
     return LoadedModel(
-        model=model.to(device),
+        model=model,
         task="causal-lm",
         architecture=type(model).__name__,
-        digest=_digest([file]),
-        preprocessor=_preprocessor(AutoTokenizer, file.parent, file.name, gguf_file=file.name),
+        digest=digest,
+        preprocessor=_preprocessor(AutoTokenizer, folder, **options),
     )
 
 
-def _instantiate(folder: Path, name: str, task: Task, config: Any, options: dict[str, Any]) -> nn.Module:
+def _headers(files: ModelFiles) -> Shapes:
+    read = read_gguf if files.gguf else read_safetensors
+    shapes: Shapes = {}
+    for name, file in files.weights.items():
+        shapes |= read(file, name if files.gguf else f"{name} of {files.name}")
+    if not shapes:
+        raise UnsupportedModel(f"{files.name} holds no weights", field="model", value=files.name)
+    return shapes
+
+
+def _check_settings(files: ModelFiles, tensors: int) -> None:
+    """Raise UnsupportedModel for settings that ask for code from elsewhere, or more of anything than is there."""
+    for name in FROM_ELSEWHERE:
+        if name not in files.settings:
+            continue
+        settings = read_json(files.settings[name], name, files.name)
+        asked = [
+            key
+            for key in settings
+            if key == "auto_map" or (key.endswith("_implementation") and "/" in str(settings[key]))
+        ]
+        if asked:
+            raise UnsupportedModel(
+                f"{files.name} asks for code of its own ({asked[0]} in {name}), which is never run",
+                field="model",
+                value=files.name,
+                accepted="an architecture that the transformers library has",
+            )
+        if name == CONFIG:
+            _check_counts(settings, tensors, files.name)
+
+
+def _check_counts(settings: dict[str, Any], tensors: int, model: str) -> None:
+    """Raise UnsupportedModel where a configuration counts more layers than there are tensors, or labels without end.
+
+    The library would build them all before it missed their weights.
+    """
+    for key, value in settings.items():
+        if key.endswith("_config") and isinstance(value, dict):
+            _check_counts(value, tensors, model)
+        most = tensors if "layer" in key or "depth" in key else MOST_LABELS if "label" in key else None
+        for count in value if isinstance(value, list) else [value]:
+            if most is not None and isinstance(count, int | float) and count > most:
+                raise UnsupportedModel(
+                    f"the configuration of {model} cannot be read: {key} is {str(count)[:20]}, "
+                    f"and there are {tensors} tensors",
+                    field="model",
+                    value=model,
+                )
+
+
+def _instantiate(
+    files: ModelFiles,
+    folder: Path,
+    shapes: Shapes,
+    device: Placement,
+    dtype: torch.dtype,
+    shared: bool,
+    task: Task,
+    config: Any,
+    **options: Any,
+) -> tuple[nn.Module, str]:
     import transformers
-    from safetensors import SafetensorError
 
     classes = {
         "causal-lm": transformers.AutoModelForCausalLM,
@@ -174,54 +220,125 @@ def _instantiate(folder: Path, name: str, task: Task, config: Any, options: dict
         "sequence-classification": transformers.AutoModelForSequenceClassification,
         "embedding": transformers.AutoModel,
     }
-    if task == "embedding" and config is not None and config.model_type in ("bert", "roberta", "xlm-roberta"):
-        # The pooled output of these encoders takes no part in a sentence embedding.
-        options = options | {"add_pooling_layer": False}
-    try:
+    making = making_options(task, config)
+
+    def load() -> nn.Module:
         model, report = classes[task].from_pretrained(
             folder,
+            config=config,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **making,
             **options,
         )
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UnsupportedModel(f"{name} cannot be loaded: {_first_line(error)}", field="model", value=name) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        # They were filled with random numbers.
+        missing = sorted(report["missing_keys"])
+        if missing:
+            # They were filled with random numbers.
+            raise UnsupportedModel(
+                f"{files.name} lacks {len(missing)} of its model's tensors, {missing[0]} among them",
+                field="model",
+                value=files.name,
+            )
+        _check_finite(files.name, model)
+        return _in_dtype(model.eval().requires_grad_(False), dtype)
+
+    # The digest reads the files, and the library reads them again.
+    with unchanged(files.name, *files.identifying), _refusing(files.name, f"{files.name} cannot be loaded", folder):
+        _check_size(files.name, classes[task], config, shapes, devices_of(device), dtype)
+        digest = files_digest(files)
+        # Weights that go to a GPU pass through this machine's memory only.
+        share = shared and (files.gguf is not None or devices_of(device)[0].type == "cpu")
+        model = load_shared(digest_key(digest, dtype), config, making, load) if share else load()
+        return place(model, device), digest
+
+
+def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`model` in `dtype`, as it would have been loaded in it: what is no weight, such as rotary frequencies, stays."""
+    saved = model.state_dict().keys()
+    computed = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    model.to(dtype)
+    for name, buffer in computed.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, buffer)
+    return model
+
+
+def making_options(task: Task, config: Any) -> dict[str, Any]:
+    """What a model's class is made with beside its configuration."""
+    # The pooled output of these encoders takes no part in a sentence embedding.
+    unpooled = task == "embedding" and config.model_type in ("bert", "roberta", "xlm-roberta")
+    return {"add_pooling_layer": False} if unpooled else {}
+
+
+def files_digest(files: ModelFiles) -> str:
+    """The digest of a model that computes in float32; one that computes in another type has it as a suffix."""
+    total = hashlib.sha256()
+    for file in files.identifying:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def _check_size(
+    name: str, auto: Any, config: Any, shapes: Shapes, devices: list[torch.device], dtype: torch.dtype
+) -> None:
+    """Raise ModelTooLarge, or UnsupportedModel where the configuration describes a far larger model than the files.
+
+    The model is built without memory for its weights, to count them.
+    """
+    held = sum(map(math.prod, shapes.values()))
+    # Some models of the library cannot be built without weights.
+    with torch.device("meta"):
+        empty = auto.from_config(config, trust_remote_code=False)
+    described = sum(parameter.numel() for parameter in empty.parameters())
+    if described > 2 * held:
         raise UnsupportedModel(
-            f"{name} lacks {len(missing)} of its model's tensors, {missing[0]} among them", field="model", value=name
-        )
-    assert isinstance(model, nn.Module)
-    return model.eval().requires_grad_(False)
-
-
-def _preprocessor(auto: Any, folder: Path, name: str, *, required: bool = True, **options: str) -> Any:
-    try:
-        return auto.from_pretrained(folder, trust_remote_code=False, **options)
-    except Exception as error:  # of a damaged file the tokenizers library says nothing more specific
-        if not required:
-            return None
-        raise UnsupportedModel(
-            f"the tokenizer of {name} cannot be loaded: {_first_line(error)}", field="model", value=name
-        ) from error
-
-
-def _from_hub(source: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise UnsupportedModel(
-            f"'{source}' is neither a registered model nor one that can be fetched from the hub: {_first_line(error)}",
+            f"{name} cannot be loaded: its configuration describes {described:,} weights, and its files hold {held:,}",
             field="model",
-            value=source,
-            accepted="a registered name (GET /v1/models), or a Hugging Face id such as org/name",
-        ) from error
+            value=name,
+        )
+    buffers = sum(buffer.numel() for buffer in empty.buffers())
+    check_fits(name, max(held, described) + buffers, dtype.itemsize, *devices)
+
+
+def _check_finite(name: str, model: nn.Module) -> None:
+    broken = [key for key, one in model.state_dict().items() if one.is_floating_point() and not one.isfinite().all()]
+    if broken:
+        raise UnsupportedModel(
+            f"{len(broken)} of the tensors of {name} hold values that are not finite, {broken[0]} among them",
+            field="model",
+            value=name,
+            accepted="weights that are finite numbers",
+        )
+
+
+def _preprocessor(auto: Any, folder: Path, *, required: bool = True, **options: Any) -> Any:
+    try:
+        with _refusing(folder.name, f"the tokenizer of {folder.name} cannot be loaded", folder):
+            return auto.from_pretrained(folder, trust_remote_code=False, **options)
+    except UnsupportedModel:
+        if required:
+            raise
+        return None
+
+
+@contextmanager
+def _refusing(name: str, detail: str, folder: Path) -> Iterator[None]:
+    """Turn whatever the libraries raise over a file they cannot make sense of into UnsupportedModel."""
+    try:
+        yield
+    except UnsupportedModel:
+        raise
+    except BaseException as error:
+        # Of a damaged file the libraries raise anything; those written in Rust raise what is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise ModelTooLarge(f"memory ran out while {name} was loaded", field="model", value=name) from error
+        reason = _first_line(error).replace(f"{folder.parent}/", "")
+        raise UnsupportedModel(f"{detail}: {reason}", field="model", value=name) from error
 
 
 def _task(architecture: str, config: Any, name: str) -> Task:
@@ -240,26 +357,18 @@ def _task(architecture: str, config: Any, name: str) -> Task:
     )
 
 
-def _pooling(folder: Path) -> str:
-    file = folder / POOLING_FILE
-    config = json.loads(file.read_text()) if file.is_file() else {"pooling_mode": "mean"}
+def _pooling(files: ModelFiles) -> str:
+    file = files.settings.get(POOLING_FILE)
+    config = read_json(file, POOLING_FILE, files.name) if file else {"pooling_mode": "mean"}
     for mode, older_key in POOLINGS.items():
         if config.get("pooling_mode") == mode or config.get(older_key):
             return mode
     raise UnsupportedModel(
-        f"{folder.name} pools its token states in a way that is not known",
+        f"{files.name} pools its token states in a way that is not known",
         field="model",
-        value=folder.name,
+        value=files.name,
         accepted=list(POOLINGS),
     )
-
-
-def _digest(files: list[Path]) -> str:
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,73 +5,90 @@ Every stage can be done again: what was finished is found by its content.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import numpy as np
+from optuna.exceptions import OptunaError
 from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from db import queue
+from db.errors import DatabaseUnavailable
+from db.retry import insist
 from db.searches import get_search
 from db.studies import study_name, study_storage
 from search.agreement import spearman
 from search.candidate import Candidate
 from search.evolution import Evolution
-from search.ilp import frontier
-from search.proposals import Drafts, baselines, shared
+from search.proposals import Drafts, baselines
 from search.reference import reference
-from search.refinement import TOGETHER, Refinement, Trial, first
+from search.refinement import TOGETHER, Refinement, first
 from search.request import SearchRequest
 from search.surrogate import Features, Surrogate
 from search.sweep import Choice, Sweep
-from workers.cluster import Pool
 from workers.evaluator import EvaluatorSpec
 from workers.measuring import Measuring
-from workers.profiling import Profile, evaluator_spec, profile_model
+from workers.optimizing import optimize, predicting
+from workers.pools import Pool
+from workers.pools.protocol import always
+from workers.profiling import Profile, profile_model
 from workers.run import Run
 from workers.sensitivity import Table
 from workers.sensitivity.rounding import relative_errors
+from workers.settings import patience
+from workers.stopping import StoppableSweep
 from workers.tables import fill_tables
 
-GAP = 1e-4
-"""To which the frontiers of the predictions are proved: they are not as exact themselves."""
+log = logging.getLogger(__name__)
 
 
 def run_search(
-    engine: Engine, claim: queue.Claim, pool_for: Callable[[EvaluatorSpec], Pool], check: Callable[[], None]
+    engine: Engine,
+    claim: queue.Claim,
+    pool_for: Callable[[EvaluatorSpec], Pool],
+    check: Callable[[], None],
+    more: Callable[[], bool] = always,
 ) -> None:
     """Do what is left of a claimed search, and finish it.
 
-    Raises BitfrontierError with the reason when it cannot be done, what `check` raises when it must stop, and
-    queue.LeaseLost when the search is no longer ours.
+    Raises BitfrontierError with the reason when it cannot be done, what `check` raises when it must stop at once,
+    Shutdown once `more` says that nothing new is to be begun, queue.LeaseLost when the search is no longer ours, and
+    what the database raises when it stays away.
     """
-    search = get_search(engine, claim.search_id)
+    search = insist(lambda: get_search(engine, claim.search_id), seconds=patience(), check=check)
     request = SearchRequest.model_validate(search.request)
-    run = Run(engine, claim, request, pool_for(evaluator_spec(engine, request)), check)
-    profile = profile_model(run)
+    run = Run(engine, claim, request, check, more, dict(search.summary or {}))
+    profile = profile_model(run, pool_for)
     tables = fill_tables(run, profile)
     measuring, refinement = begin(run, profile, tables)
     measure_baselines(measuring, refinement)
-    proposals = optimize(run, profile, tables, measuring, refinement)
+    proposals = optimize(run, tables, measuring, refinement)
     measure_proposals(measuring, refinement, proposals)
     if request.optimizer.method == "evolution":
         evolve(measuring, refinement)
     elif request.optimizer.method != "ilp":
         refine(measuring, refinement)
+    surrogate = refinement.surrogate()
+    look_back(measuring, surrogate)
     measuring.accept()
-    look_back(measuring, refinement.surrogate())
+    measuring.price(surrogate)
     tell_if_nothing_fits(run, measuring.candidates)
     run.summary["agreement"] = agreement(measuring.candidates)
     run.summary["evaluations"] = refinement.spent
-    queue.succeed(engine, claim, run.summary)
+    run.succeed()
 
 
 def begin(run: Run, profile: Profile, tables: dict[str, Table]) -> tuple[Measuring, Refinement]:
     """What measures, and what decides what is measured; nothing is measured yet."""
     request, space = run.request, profile.space
     uniform = list(baselines(space).values())
-    sweep = Sweep.of(profile.costs, profile.bounds, profile.axes[0], request.optimizer.points, uniform)
-    measuring = Measuring(run, profile, sweep, Drafts(space, profile.costs, predicting(profile, tables, [])))
+    asked = profile.costs, profile.bounds, profile.axes[0], request.optimizer.points
+    sweep = StoppableSweep.over(run.aside(lambda: Sweep.of(*asked, uniform)), run.pause)
+    nothing = np.zeros((0, len(space.units)), dtype=np.int64)
+    drafts = Drafts(space, profile.costs, predicting(profile, tables, nothing, np.zeros(0)))
+    measuring = Measuring(run, profile, sweep, drafts)
     refinement = Refinement(
         sweep,
         Features.of(space, {metric: table.values.to_numpy() for metric, table in tables.items()}),
@@ -81,7 +98,7 @@ def begin(run: Run, profile: Profile, tables: dict[str, Table]) -> tuple[Measuri
         max(request.optimizer.evaluations, len(uniform) + (not any(map(sweep.admits, uniform)))),
         seed=request.calibration.seed,
         most_loss=request.budgets.loss_increase or np.inf,
-        together=max(len(run.pool), TOGETHER),
+        together=max(run.evaluators, TOGETHER),
         expand=measuring.expand,
     )
     return measuring, refinement
@@ -94,28 +111,6 @@ def measure_baselines(measuring: Measuring, refinement: Refinement) -> None:
     for label, choice in uniform.items():
         measuring.propose([(label, choice)], "uniform")
         measuring.add(refinement.whole([choice], "uniform"))
-
-
-def optimize(
-    run: Run, profile: Profile, tables: dict[str, Table], measuring: Measuring, refinement: Refinement
-) -> list[Choice]:
-    """The frontier of every metric's predictions, corrected by the baselines: who proposes what to measure."""
-    run.enter("optimize", len(tables))
-    fitted, sweeps, sweep = predicting(profile, tables, list(measuring.trials.values())), {}, measuring.sweep
-    for done, (metric, surrogate) in enumerate(fitted.items(), start=1):
-        solutions = frontier(surrogate.table, profile.costs, profile.bounds, sweep.axis, sweep.levels, gap=GAP)
-        unproved = sum(solution.status != "optimal" for solution in solutions)
-        if unproved:
-            run.notice(f"{unproved} of the {len(solutions)} integer programs on {metric} hit their time limit")
-        sweeps[metric] = [solution.choice for solution in solutions if solution.choice is not None]
-        queue.progress(run.engine, run.claim, "optimize", done, len(tables))
-    measuring.predict_with(Drafts(profile.space, profile.costs, fitted))
-    count = refinement.left if run.request.optimizer.method == "ilp" else first(refinement.left)[0]
-    known = [trial.choice for trial in measuring.trials.values()]
-    bits = profile.costs["avg_bits"]
-    chosen = [(f"{metric}, {bits.total(choice):.2f} bits", choice) for metric, choice in shared(sweeps, count, known)]
-    measuring.propose(chosen, "ilp")
-    return [choice for _, choice in chosen]
 
 
 def measure_proposals(measuring: Measuring, refinement: Refinement, proposals: Sequence[Choice]) -> None:
@@ -148,7 +143,10 @@ def refine(measuring: Measuring, refinement: Refinement) -> None:
 
 
 def evolve(measuring: Measuring, refinement: Refinement) -> None:
-    """Breed new configurations from the measured ones, until the evaluations are spent or none is new."""
+    """Breed new configurations from the measured ones, until the evaluations are spent or none is new.
+
+    An evolution gives the same again of the same losses: one that was cut off begins anew, and finds its losses stored.
+    """
     run, profile = measuring.run, measuring.profile
     measuring.enter("evolve", refinement.left)
     evolution = Evolution(
@@ -158,15 +156,10 @@ def evolve(measuring: Measuring, refinement: Refinement) -> None:
         measuring.sweep.axis,
         seeds=[trial.choice for trial in measuring.trials.values()],
         seed=run.request.calibration.seed,
-        storage=study_storage(run.engine),
-        name=study_name(run.claim.search_id),
     )
-    # What an attempt before this one has told is known to the study, and kept by its content.
-    told = evolution.told
-    for start in range(0, len(told), refinement.together):
-        measuring.add(refinement.whole(told[start : start + refinement.together], "evolved"))
     losses = {trial.choice.tobytes(): trial.loss for trial in measuring.trials.values()}
     while choices := evolution.ask(refinement.together):
+        run.pause()
         new = [choice for choice in choices if choice.tobytes() not in losses][: refinement.left]
         trials = refinement.whole(new, "evolved")
         measuring.add(trials)
@@ -174,28 +167,25 @@ def evolve(measuring: Measuring, refinement: Refinement) -> None:
         for choice in choices:
             if choice.tobytes() in losses:
                 evolution.tell(choice, losses[choice.tobytes()])
+        show(run, evolution)
         if not refinement.left:
             return
 
 
+def show(run: Run, evolution: Evolution) -> None:
+    """Bring the study to where optuna-dashboard finds it. Nothing waits for it, and nothing depends on it."""
+    try:
+        evolution.copy_to(study_storage(run.engine), study_name(run.claim.search_id))
+    except (SQLAlchemyError, OptunaError, DatabaseUnavailable) as error:
+        log.warning("the study was not brought up to date: %s", str(error).splitlines()[0])
+
+
 def look_back(measuring: Measuring, surrogate: Surrogate) -> None:
-    """With all that is known now: what more of each resource would buy, and what no allocation can do better."""
+    """With all that the search has found: what no allocation can do better."""
     run, space = measuring.run, measuring.profile.space
-    measuring.price(surrogate)
     weights_only = not any(scheme.quantizes_activations for scheme in space.schemes)
     errors = relative_errors(measuring.compute, space) if weights_only else None
-    run.summary["reference"] = asdict(reference(surrogate, measuring.sweep, space, errors))
-
-
-def predicting(profile: Profile, tables: dict[str, Table], trials: Sequence[Trial]) -> dict[str, Surrogate]:
-    """Each metric's predictions, corrected by what is measured."""
-    space = profile.space
-    choices = np.array([trial.choice for trial in trials], dtype=np.int64).reshape(len(trials), len(space.units))
-    losses = np.array([trial.loss for trial in trials])
-    return {
-        metric: Surrogate.fit(Features.of(space, {metric: table.values.to_numpy()}), choices, losses)
-        for metric, table in tables.items()
-    }
+    run.summary["reference"] = asdict(run.aside(lambda: reference(surrogate, measuring.sweep, space, errors)))
 
 
 def tell_if_nothing_fits(run: Run, candidates: Sequence[Candidate]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import platform
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.metadata import version
 
 import torch
 from sqlalchemy import Engine
 
-from db import queue
 from db.latency import latency_of
 from db.models import get_model, put_model
 from search.budget import Bound
@@ -16,18 +18,24 @@ from search.cost import Cost, Resource
 from search.errors import InvalidCalibration, UnsupportedModel
 from search.feasibility import check_feasible
 from search.inventory import Inventory
+from search.latency import Latency
+from search.latency_profile import from_json, to_json
 from search.limits import costs_and_bounds
 from search.metrics import METRICS
+from search.names import HUB, model_name
 from search.proposals import axes
 from search.request import SearchRequest
 from search.space import Space, build_space
 from search.targets import find_target
-from workers.datasets import path_of
+from workers.datasets import BUILT_IN, path_of
 from workers.evaluator import EvaluatorSpec
 from workers.fingerprint import fingerprint
-from workers.models import HUB, dtype
+from workers.kernels.backend import VARIABLE as KERNELS
+from workers.pools import Pool, device
 from workers.run import Run, listed
-from workers.tasks import DESCRIBE, Content
+from workers.settings import dtype
+from workers.sources import files_behind
+from workers.tasks import DESCRIBE, Content, Result, content_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +55,9 @@ class Profile:
 def source_of_model(engine: Engine, name: str) -> str:
     """Where a model comes from: a registered source, or the hub.
 
-    Raises UnsupportedModel for a name that is neither registered nor a hub id.
+    Raises UnsupportedModel for a name that is neither registered nor a hub id, InvalidRequest for what is no name.
     """
-    model = get_model(engine, name)
+    model = get_model(engine, model_name(name))
     if model is None and "/" not in name:
         raise UnsupportedModel(
             f"there is no registered model '{name}'",
@@ -68,28 +76,74 @@ def evaluator_spec(engine: Engine, request: SearchRequest) -> EvaluatorSpec:
         source=source,
         calibration=request.calibration,
         quantizer=request.space.quantizer,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device(),
         dtype=dtype(),
-        files=fingerprint(Path(source), *filter(None, [path_of(dataset) if dataset else None])),
+        files=fingerprint(*files_behind(source), *filter(None, [path_of(dataset) if dataset else None])),
     )
 
 
-def profile_model(run: Run) -> Profile:
-    """Load the model, enumerate layers, tie units, fill the cost tables; refuse what cannot be met."""
-    run.enter("profile", 1)
-    described = run.pool.described = run.pool.described or next(run.pool.map(DESCRIBE.run, [{}]))[1]
-    inventory = Inventory.from_json(described["inventory"])
-    request, spec = run.request, run.pool.spec
-    model = get_model(run.engine, request.model)
-    if model is None or model.source == spec.source:
-        put_model(run.engine, request.model, spec.source, inventory)
-    run.content = Content(inventory.digest, described["data_digest"], request.space.quantizer, described["arithmetic"])
+def description_key(run: Run, spec: EvaluatorSpec) -> str:
+    """Of what there is to know of a model and its data: the same while their files are, so that a search which has
+    nothing to compute loads no model."""
+    dataset = spec.calibration.dataset
+    # Nobody watches the hub: who asks for what comes from there looks at it anew.
+    here = dataset is None or dataset == BUILT_IN or path_of(dataset) is not None
+    watched = here and not spec.source.startswith(HUB)
+    return content_key(
+        [
+            [DESCRIBE.name, DESCRIBE.version, None if watched else run.claim.search_id],
+            [spec.source, spec.files, spec.calibration.model_dump(mode="json"), spec.quantizer, spec.dtype],
+            [_device_name(spec.device), os.environ.get(KERNELS)],
+            [platform.python_version(), *map(version, ("torch", "transformers"))],
+        ]
+    )
 
-    check_labels(request, labelled=described["labelled"])
+
+def described(run: Run, spec: EvaluatorSpec) -> Result:
+    """What evaluators say of the model and its data."""
+    run.described_as = description_key(run, spec)
+    (found,) = run.results([run.described_as], DESCRIBE, [{}])
+    return found
+
+
+def latency_known(run: Run) -> Latency | None:
+    """By what the search counts time, as it was when the search first looked: profiles grow, and others come."""
+    if not run.request.counts_latency:
+        return None
+    key = content_key(["latency", run.claim.search_id, run.request.model_dump(mode="json")])
+    kept = run.find("latency", [key])
+    if not kept:
+        chosen = run.insist(lambda: latency_of(run.engine, run.request))
+        assert chosen is not None
+        kept = {key: run.keep(key, "latency", {"profile": to_json(chosen.profile), "tokens": chosen.tokens}, 0.0)}
+    return Latency(from_json(kept[key]["profile"]), kept[key]["tokens"], run.request.model)
+
+
+def know_model(run: Run, source: str, inventory: Inventory) -> None:
+    """Register what a model is made of, unless it is known, or was registered with another source meanwhile."""
+    name = run.request.model
+    model = run.insist(lambda: get_model(run.engine, name))
+    known = model is not None and model.inventory is not None and model.inventory.digest == inventory.digest
+    if not known and (model is None or model.source == source):
+        run.insist(lambda: put_model(run.engine, name, source, inventory))
+
+
+def profile_model(run: Run, pool_for: Callable[[EvaluatorSpec], Pool]) -> Profile:
+    """Describe the model, enumerate layers, tie units, fill the cost tables; refuse what cannot be met."""
+    run.enter("profile", 1)
+    request, spec = run.request, run.insist(lambda: evaluator_spec(run.engine, run.request))
+    run.pool = pool_for(spec)
+    run.pool.on_wait = run.notice
+    about = described(run, spec)
+    inventory = Inventory.from_json(about["inventory"])
+    know_model(run, spec.source, inventory)
+    run.content = Content(inventory.digest, about["data_digest"], request.space.quantizer, about["arithmetic"])
+
+    check_labels(request, labelled=about["labelled"])
     space = build_space(inventory, request.space, find_target(request.target))
-    latency = latency_of(run.engine, request)
+    latency = latency_known(run)
     costs, bounds = costs_and_bounds(space, inventory, request.budgets, latency)
-    if loose := described["used_outside"]:
+    if loose := about["used_outside"]:
         run.notice(
             f"the model also uses the weights of {listed(loose)} outside of their layers: kl, pqi, higgs, gradient "
             "and autoscheme do not see that use, and predict too little; measured losses do"
@@ -98,8 +152,8 @@ def profile_model(run: Run) -> Profile:
     over = axes(bounds, request.optimizer.objective)
     run.summary |= {
         "model_digest": inventory.digest,
-        "data_digest": described["data_digest"],
-        "arithmetic": described["arithmetic"],
+        "data_digest": about["data_digest"],
+        "arithmetic": about["arithmetic"],
         "task": inventory.task,
         "architecture": inventory.architecture,
         "device": _device_name(spec.device),
@@ -116,16 +170,17 @@ def profile_model(run: Run) -> Profile:
         "axes": over,
         "feasible": {name: {"min": cost.smallest, "max": cost.largest} for name, cost in costs.items()},
         "full_precision": {
-            name: value for name, value in described["full_precision"].items() if not name.startswith("loss")
+            name: value for name, value in about["full_precision"].items() if not name.startswith("loss")
         },
-        "tables": {},
-        "metrics": {},
+        "evaluators": run.evaluators,
+        "tables": run.summary.get("tables", {}),
+        "metrics": run.summary.get("metrics", {}),
     }
     if latency is not None:
         run.summary["latency"] = latency.summary(inventory.digest)
     run.save()
-    queue.progress(run.engine, run.claim, "profile", 1, 1)
-    return Profile(inventory, space, costs, bounds, over, tuple(described["batch_sizes"]), described["forward_seconds"])
+    run.progress("profile", 1, 1)
+    return Profile(inventory, space, costs, bounds, over, tuple(about["batch_sizes"]), about["forward_seconds"])
 
 
 def check_labels(request: SearchRequest, *, labelled: bool) -> None:
@@ -142,4 +197,8 @@ def check_labels(request: SearchRequest, *, labelled: bool) -> None:
 
 
 def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu, {threads} thread{'s' if threads != 1 else ''}"
+    # The GPUs of a cluster need not be this machine's.
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else device

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from db.results import get_results, put_result
 from search.errors import UnsupportedModel
 from search.metrics import METRICS, Metric
 from search.scheme import FULL_PRECISION
@@ -26,43 +25,53 @@ def fill_tables(run: Run, profile: Profile) -> dict[str, Table]:
 
 
 def fill_table(run: Run, metric: Metric, subject: Subject, profile: Profile) -> Table:
-    """The table of a metric: the stored one, else computed.
+    """The table of a metric: the one that another search stored, else computed.
 
-    Raises UnsupportedModel when a value is not finite.
+    What an attempt before this one has computed of it is found piece by piece, so that it counts as before. Raises
+    UnsupportedModel when a value is not finite.
     """
-    assert run.content is not None
     passes = metric.forward_passes(profile.space)
-    estimate = {"forward_passes": passes, "estimated_seconds": passes * profile.forward_seconds / len(run.pool)}
+    estimate = {"forward_passes": passes, "estimated_seconds": passes * profile.forward_seconds / run.evaluators}
     run.enter("sensitivity", 0, {"metric": metric.name} | estimate)
     key = run.content.table_key(metric, profile.space)
     began = time.monotonic()
-    stored = get_results(run.engine, [key]).get(key)
-    if stored is not None:
-        table = Table.from_json(stored)
+    reused = run.is_foreign(key)
+    if reused:
+        stored = run.find("sensitivity", [key])[key]
     else:
-
-        def vet(item: Item, result: Result) -> None:
-            check_result(metric, item, result, profile.space)
-
-        def compute(task: Task, items: Sequence[Item]) -> list[Result]:
-            return run.compute(task, items, "sensitivity", vet=vet)
-
-        table = FILLS[metric.name](compute, subject)
-        check_finite(metric, table, profile.space)
-        if "data" in metric.needs:
-            table = with_idle_units_noted(table, profile.space)
-        put_result(run.engine, key, "sensitivity", {"metric": metric.name} | table.to_json(), time.monotonic() - began)
+        table = computed_table(run, metric, subject, profile)
+        value = {"metric": metric.name} | table.to_json()
+        stored = run.keep(key, "sensitivity", value, time.monotonic() - began)
+    table = Table.from_json(stored)
     for note in table.notes:
         run.notice(f"{metric.name}: {note}")
     run.summary["tables"][metric.name] = key
+    earlier = run.summary["metrics"].get(metric.name, {}).get("seconds", 0.0)
     run.summary["metrics"][metric.name] = estimate | {
-        "seconds": time.monotonic() - began,
-        "reused": stored is not None,
+        "seconds": max(earlier, time.monotonic() - began),
+        "reused": reused,
         "in_loss_units": metric.in_loss_units,
         "notes": list(table.notes),
     }
     run.save()
     return table
+
+
+def computed_table(run: Run, metric: Metric, subject: Subject, profile: Profile) -> Table:
+    """The table of a metric as its parts are computed, or found."""
+    steps = 0
+
+    def vet(item: Item, result: Result) -> None:
+        check_result(metric, item, result, profile.space)
+
+    def compute(task: Task, items: Sequence[Item]) -> list[Result]:
+        nonlocal steps
+        before, steps = steps, steps + len(items)
+        return run.compute(task, items, "sensitivity", vet=vet, part=(before, steps, 1))
+
+    table = FILLS[metric.name](compute, subject)
+    check_finite(metric, table, profile.space)
+    return with_idle_units_noted(table, profile.space) if "data" in metric.needs else table
 
 
 def check_finite(metric: Metric, table: Table, space: Space) -> None:

@@ -18,6 +18,7 @@ from search.metrics import Metric
 from search.space import Space
 from workers.calibration import one_item, sample_count
 from workers.evaluator import Evaluator
+from workers.fingerprint import ModelChanged
 from workers.layers import used_outside
 from workers.loss import has_labels
 
@@ -69,6 +70,35 @@ class Content:
         units = [[layer.name for layer in unit.layers] for unit in space.units]
         asked = [[unit.name for unit in space.units], units, list(map(str, space.schemes)), space.allowed.tolist()]
         return content_key(["table", metric.name, metric.version, self.model_digest, data, self.quantizer, asked])
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A task's function, for an evaluator that has the model and the data that were described.
+
+    An evaluator that was built later, or on another machine, may have found other files.
+    """
+
+    function: Callable[[Evaluator, Item], Result]
+    model: str
+    content: Content
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    def __call__(self, evaluator: Evaluator, item: Item) -> Result:
+        """Raises ModelChanged, before anything is computed, where the evaluator has others."""
+        found = evaluator.loaded.digest, evaluator.data.digest
+        if found == (self.content.model_digest, self.content.data_digest):
+            return self.function(evaluator, item)
+        other = "the files" if found[0] != self.content.model_digest else "the calibration data"
+        raise ModelChanged(
+            f"{other} of '{self.model}' changed while it was searched, or differ on another machine that evaluates",
+            field="model" if found[0] != self.content.model_digest else "calibration.dataset",
+            value=self.model,
+            accepted="files that are equal on every machine, and stay so while a search runs; then search again",
+        )
 
 
 def content_key(content: object) -> str:

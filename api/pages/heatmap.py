@@ -66,7 +66,7 @@ def _magnitude(value: float) -> float:
 
 
 def _hover(metric: str, table: SensitivityTable, row: int, column: int) -> str:
-    unit, scheme = escape(table["units"][row], quote=False), table["schemes"][column]
+    unit, scheme = _plain(table["units"][row]), table["schemes"][column]
     lines = [
         f"<b>{unit}</b>  {scheme}",
         sensitivity_text(metric, table, row, column),
@@ -96,18 +96,24 @@ def _blocks(names: list[str], units: list[dict[str, Any]]) -> dict[str, Any]:
         if block:
             places.append((block, indices[0], indices[-1]))
     shared = _shared_prefix([block for block, _, _ in places])
+    title = f"Block of {shared.rstrip('.')}" if shared else "Block" if places else "Units"
     edges = sorted({edge for _, first, last in places for edge in (first, last + 1)} - {0, len(names)})
     return {
         "xaxis": {
-            "title": {"text": f"Block of {shared.rstrip('.')}" if shared else "Block" if places else "Units"},
+            "title": {"text": _plain(title)},
             "tickvals": [(first + last) / 2 for _, first, last in places],
-            "ticktext": [block.removeprefix(shared) for block, _, _ in places],
+            "ticktext": [_plain(block.removeprefix(shared)) for block, _, _ in places],
         },
         "shapes": [
             {"type": "line", "xref": "x", "yref": "paper", "x0": edge - 0.5, "x1": edge - 0.5, "y0": 0, "y1": 1}
             for edge in edges
         ],
     }
+
+
+def _plain(text: str) -> str:
+    """A text that Plotly takes for no markup."""
+    return escape(text, quote=False)
 
 
 def _shared_prefix(names: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,15 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 
+from api.auth import asking
 from api.metrics import is_relative
+from api.pages.timeline import STAGES
 from api.resources import OBJECTIVES, RESOURCES, budget_text, loss_text
+from api.times import duration, moment
 
 STATIC = Path(__file__).parent.parent / "static"
+VENDOR = STATIC / "vendor"
+"""Scripts of others; see the README there."""
 
 
 def plotly_script() -> Path:
@@ -34,25 +38,15 @@ def page(name: str, /, status: int = 200, headers: dict[str, str] | None = None,
     return HTMLResponse(template(name, **values), status_code=status, headers=headers)
 
 
+def wants_page(request: Request) -> bool:
+    """Whether a browser asks for a page, and not a program for data."""
+    on_page = not request.url.path.startswith("/v1/") and "text/html" in request.headers.get("accept", "")
+    return on_page and request.method == "GET"
+
+
 def problem_page(request: Request, problem: dict[str, Any], headers: dict[str, str] | None) -> HTMLResponse:
     """A problem document as a page a person can read."""
     return page("problem.html", status=problem["status"], headers=headers, problem=problem)
-
-
-def moment(time: datetime | None) -> str:
-    """A time in UTC, to the minute."""
-    return time.strftime("%Y-%m-%d %H:%M UTC") if time else "—"
-
-
-def duration(start: datetime | None, end: datetime | None) -> str:
-    """The time between two moments: `2 min 5 s`."""
-    if start is None or end is None:
-        return "—"
-    seconds = round((end - start).total_seconds())
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = [(hours, "h"), (minutes, "min"), (seconds, "s")]
-    return " ".join(f"{amount} {unit}" for amount, unit in parts if amount) or "0 s"
 
 
 def breakable(name: str) -> Markup:
@@ -68,12 +62,16 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        # Code and templates are of one version: an upgrade under a running server changes neither.
+        auto_reload=False,
     )
     environment.filters |= {"loss": loss_text, "moment": moment, "breakable": breakable}
     environment.tests["relative"] = is_relative
     environment.globals |= {
         "OBJECTIVES": OBJECTIVES,
         "RESOURCES": RESOURCES,
+        "STAGES": STAGES,
+        "asking": asking,
         "budget_text": budget_text,
         "duration": duration,
         "plotly_version": plotly.__version__,

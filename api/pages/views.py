@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import expm1
 
 from api.frontier import Frontier
 from api.pages.charts import baseline_name
@@ -12,13 +11,12 @@ from db.searches import Search
 from search.budget import BUDGETS
 from search.candidate import Candidate
 
-MEGABYTE = 1e6
-
-# Below this share of the loss, a sentence gives no number.
-LEAST_SAVED = 5e-4
-
 # Costs this close are "the same" in a sentence.
 SAME = 0.005
+
+OTHER_DATA = (
+    "the interval leaves out by how much another part of the data is easier or harder than the calibration data"
+)
 
 
 def verdict(frontier: Frontier, point: Candidate) -> str:
@@ -87,91 +85,6 @@ def times(ratio: float) -> str:
     return f"{ratio:.2f}×" if ratio < 1.1 else f"{ratio:.1f}×" if ratio < 10 else f"{ratio:.0f}×"
 
 
-@dataclass(frozen=True, slots=True)
-class MetricRow:
-    """A quantity of the point, of the baseline it is compared with, and of the full-precision model."""
-
-    name: str
-    point: str
-    baseline: str
-    full: str
-
-
-def metric_rows(frontier: Frontier, point: Candidate) -> list[MetricRow]:
-    """The measured quantities and the costs, side by side."""
-    comparison = frontier.compare(point)
-    base = comparison.baseline if comparison else None
-    rows = [] if point.loss is None else [MetricRow("Loss", _loss(point), _loss(base), "0")]
-    for name in ("perplexity", "accuracy"):
-        if name in point.metrics:
-            of_base = _metric(name, base.metrics.get(name) if base else None)
-            full = _metric(name, frontier.full_precision.get(name))
-            rows.append(MetricRow(name.capitalize(), _metric(name, point.metrics[name]), of_base, full))
-    for resource, words in RESOURCES.items():
-        if resource in point.costs:
-            of_base = words.text(base.costs[resource]) if base else ""
-            full = "16 bits" if resource == "avg_bits" else ""
-            rows.append(MetricRow(words.short, words.text(point.costs[resource]), of_base, full))
-    return rows
-
-
-@dataclass(frozen=True, slots=True)
-class SplitRow:
-    """A loss of the point: what it was expected to be, and on each split of the data, with what that split is for."""
-
-    name: str
-    loss: str
-    purpose: str
-
-
-def split_rows(frontier: Frontier, point: Candidate) -> list[SplitRow]:
-    """What was expected of a point, and what was measured, in the order in which it became known."""
-    metrics, expected, rows = point.metrics, point.expected, []
-    if expected:
-        interval = f"{loss_text(expected['low'])} to {loss_text(expected['high'])}"
-        rows.append(SplitRow("Expected", interval, "90 % interval, before anything of this point was measured"))
-    if "calibration_loss" in metrics:
-        share = metrics.get("calibration_share", 1.0)
-        purpose = "searched: the points that were tried are compared on it, so that it flatters the winners"
-        if share < 1:
-            purpose = f"an estimate from the first {percent(share)} of the data, where others already did better"
-        rows.append(SplitRow("Calibration data", loss_text(metrics["calibration_loss"]), purpose))
-    if "acceptance_loss" in metrics:
-        purpose = "decides: only what beats its rivals on it, unseen by the search, is on the frontier"
-        rows.append(SplitRow("Acceptance data", loss_text(metrics["acceptance_loss"]), purpose))
-    if frontier.settled and point.loss is not None:
-        purpose = "reported: of what was accepted, the frontier leaves out only what a cheaper point betters here"
-        if expected:
-            within = expected["low"] <= point.loss <= expected["high"]
-            purpose += f"; {'within' if within else 'outside'} the expected interval"
-        rows.append(SplitRow("Held-out data", _loss(point), purpose))
-    return rows
-
-
-def price_sentences(point: Candidate) -> list[str]:
-    """What a bit more of each resource would save of the loss: `1 MB more would save about 3 % of the loss.`
-
-    A price is a slope of log loss: over an amount, the loss falls by 1 − exp(−price × amount).
-    """
-    sentences = []
-    for name, price in point.shadow_prices.items():
-        resource, _, of = name.partition(" of ")
-        amount, words = _amount(resource, point.costs[name])
-        share = -expm1(-price * amount)
-        saved = f"save about {percent(share)} of the loss" if share >= LEAST_SAVED else "save next to nothing"
-        sentences.append(f"{words}{f' for {of}' if of else ''} would {saved}.")
-    return sentences
-
-
-def _amount(resource: str, total: float) -> tuple[float, str]:
-    """A little more of a resource, and what it is called."""
-    if resource == "avg_bits":
-        return 0.1, "0.1 bits per weight more"
-    if resource == "size_bytes" and 0.05 * total >= MEGABYTE:
-        return MEGABYTE, "1 MB more"
-    return 0.01 * total, f"1 % more {RESOURCES[resource].phrase}"
-
-
 def percent(share: float) -> str:
     """`3 %`; `0.4 %` below one."""
     return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1f} %"
@@ -188,20 +101,30 @@ def trust_rows(search: Search) -> list[tuple[str, str]]:
         rows.append(("Accepted", words))
     if (told := summary.get("coverage")) and told["points"]:
         within, level = f"{told['within']} of {told['points']}", percent(told["level"])
-        rows.append(("Expected", f"{within} reported losses lie within the {level} interval expected before measuring"))
+        words = f"{within} reported losses lie within the {level} interval expected before measuring"
+        rows.append(("Expected", f"{words}; {OTHER_DATA}"))
     if told := summary.get("latency"):
         rows.append(("Latency", latency_text(told)))
     return rows
 
 
-def _loss(point: Candidate | None) -> str:
-    if point is None:
-        return ""
-    error = point.metrics.get("loss_stderr")
-    return loss_text(point.loss) + (f" ± {error:.1g}" if error else "")
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How much of a search was computed, how much was there already, and from which searches."""
+
+    computed: str
+    reused: str
+    sources: tuple[int, ...]
 
 
-def _metric(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.1%}" if name == "accuracy" else f"{value:.3f}"
+def work_done(search: Search, *, named: bool) -> Work | None:
+    """What was computed and reused, once that is known; searches are `named` for who may see them all."""
+    summary = search.summary or {}
+    if "computed" not in summary or "reused" not in summary:
+        return None
+    computed, reused = summary["computed"], summary["reused"]
+    return Work(
+        f"{computed} {'result' if computed == 1 else 'results'} computed",
+        f"{reused or 'none'} reused",
+        tuple(summary.get("reused_from") or ()) if named else (),
+    )

@@ -2,138 +2,45 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Annotated
-
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
 
-from api.dependencies import Database
-from api.problems import responses
+from api.catalog import (
+    ExportDocument,
+    MetricDocument,
+    Metrics,
+    ModelDocument,
+    Models,
+    SchemeDocument,
+    Schemes,
+    TargetDocument,
+    Targets,
+)
+from api.dependencies import CurrentAsker, Database
+from api.problems import READ, responses
+from api.strict import StrictRoute
 from db.models import list_models
 from search.exports import EXPORTS
-from search.metrics import METRICS, Evidence, Need
+from search.metrics import METRICS
 from search.scheme import ACTIVATION_BITS, FULL_PRECISION, GRAMMAR, GROUP_SIZES, WEIGHT_BITS, Scheme
 from search.targets import TARGETS
 
-router = APIRouter(prefix="/v1", tags=["catalog"])
+router = APIRouter(prefix="/v1", tags=["catalog"], route_class=StrictRoute)
 
 EXAMPLE_COLUMNS = 4096
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+@router.get("/models", responses=responses(*READ), summary="Registered models")
+def models(engine: Database, asker: CurrentAsker) -> Models:
+    """Models that a search may name; any Hugging Face id `org/name` may be named besides.
 
-
-class ModelDocument(_Document):
-    """A registered model. `layers` and what follows are null until it has been inspected."""
-
-    name: Annotated[str, Field(examples=["all-minilm-l6-v2"])]
-    source: str
-    architecture: str | None
-    task: str | None
-    parameters: int | None
-    layers: int | None
-    """Number of quantizable layers."""
-    created_at: datetime
-
-
-class Models(_Document):
-    """The registered models."""
-
-    models: list[ModelDocument]
-
-
-class SchemeDocument(_Document):
-    """A scheme, spelled out."""
-
-    scheme: Annotated[str, Field(examples=["w4a16g64"])]
-    weight_bits: int
-    activation_bits: int
-    group_size: int | None
-    symmetric: bool
-    bits_per_weight: float
-    """Stored bits per weight of a 4096-column layer, scales and zero points counted."""
-
-
-class Schemes(_Document):
-    """The scheme grammar, its vocabulary, and examples generated from it."""
-
-    grammar: str
-    weight_bits: list[int]
-    activation_bits: list[int]
-    group_sizes: list[int]
-    examples: list[SchemeDocument]
-
-
-class MetricDocument(_Document):
-    """A way to predict the loss increase of a unit at a scheme."""
-
-    name: Annotated[str, Field(examples=["hessian_trace"])]
-    title: str
-    evidence: Evidence
-    """What the prediction rests on."""
-    needs: list[Need]
-    """What it computes from. `labels`: the calibration data must have some."""
-    in_loss_units: bool
-    """Whether its values are predicted losses; else they are relative scores, which only rank units and schemes."""
-    sees_activations: bool
-    """Whether rounded activations count."""
-
-
-class Metrics(_Document):
-    """The metrics that `sensitivity` takes."""
-
-    metrics: list[MetricDocument]
-
-
-class TargetDocument(_Document):
-    """A runtime that can load a result."""
-
-    name: str
-    description: str
-    fused: list[list[str]]
-    """Sibling layers that must share a scheme."""
-    ties_experts: bool
-    """Whether all experts of a layer must share a scheme."""
-    schemes: list[str]
-    """Those of the example schemes that it takes."""
-
-
-class ExportDocument(_Document):
-    """A file format of a point."""
-
-    name: str
-    description: str
-    media_type: str
-
-
-class Targets(_Document):
-    """Targets, and the formats points are exported in."""
-
-    targets: list[TargetDocument]
-    exports: list[ExportDocument]
-
-
-@router.get("/models", responses=responses(), summary="Registered models")
-def models(engine: Database) -> Models:
-    """Models that a search may name; any Hugging Face id `org/name` may be named besides."""
-    documents = [
-        ModelDocument(
-            name=model.name,
-            source=model.source,
-            architecture=model.inventory.architecture if model.inventory else None,
-            task=model.inventory.task if model.inventory else None,
-            parameters=model.inventory.parameters if model.inventory else None,
-            layers=len(model.inventory.layers) if model.inventory else None,
-            created_at=model.created_at,
-        )
-        for model in list_models(engine)
-    ]
+    A key with the scope admin also sees the ids that searches have named.
+    """
+    # Which ids others have searched is not for everyone.
+    documents = [ModelDocument.of(model) for model in list_models(engine) if model.added or asker.sees_all]
     return Models(models=documents)
 
 
-@router.get("/schemes", responses=responses(), summary="The scheme grammar")
+@router.get("/schemes", responses=responses(*READ), summary="The scheme grammar")
 def schemes() -> Schemes:
     """How schemes are written; every combination is accepted, the examples show some."""
     return Schemes(
@@ -145,7 +52,7 @@ def schemes() -> Schemes:
     )
 
 
-@router.get("/metrics", responses=responses(), summary="Sensitivity metrics")
+@router.get("/metrics", responses=responses(*READ), summary="Sensitivity metrics")
 def metrics() -> Metrics:
     """The metrics that a search may predict the loss with, and what each one needs and says."""
     return Metrics(
@@ -163,7 +70,7 @@ def metrics() -> Metrics:
     )
 
 
-@router.get("/targets", responses=responses(), summary="Targets and exports")
+@router.get("/targets", responses=responses(*READ), summary="Targets and exports")
 def targets() -> Targets:
     """The runtimes a search can aim at, and the files a point can become."""
     return Targets(
@@ -174,11 +81,19 @@ def targets() -> Targets:
                 fused=[list(siblings) for siblings in target.fused],
                 ties_experts=target.ties_experts,
                 schemes=[str(scheme) for scheme in example_schemes() if target.refuses_scheme(scheme) is None],
+                default_schemes=list(target.default_schemes),
             )
             for target in TARGETS.values()
         ],
         exports=[
-            ExportDocument(name=export.name, description=export.description, media_type=export.media_type)
+            ExportDocument(
+                name=export.name,
+                description=export.description,
+                media_type=export.media_type,
+                filename=export.filename,
+                carries=export.carries,
+                use=export.use,
+            )
             for export in EXPORTS.values()
         ],
     )

@@ -6,6 +6,7 @@ import io
 from math import inf, nan
 from typing import Annotated, Any, Literal
 
+import pandas as pd
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
@@ -14,18 +15,33 @@ from api.documents import FrontierDocument, Point
 from api.exporting import export_point
 from api.frontier import Included
 from api.pages.charts import standalone_page
-from api.problems import responses
+from api.pages.views import best_verdict
+from api.problems import READ, responses
 from api.sensitivities import read_sensitivities, sensitivity_table
+from api.strict import StrictRoute
+from db.candidates import allocations
 from search.budget import BUDGETS
 from search.errors import InvalidRequest
 from search.exports import EXPORTS
 
-router = APIRouter(prefix="/v1/searches/{search_id}", tags=["results"])
+router = APIRouter(prefix="/v1/searches/{search_id}", tags=["results"], route_class=StrictRoute)
 
 GROUPS: tuple[Included, ...] = ("dominated", "predicted", "baselines")
-FILE_CONTENT: dict[str, Any] = {"text/csv": {"schema": {"type": "string"}}}
+TEXT: dict[str, Any] = {"schema": {"type": "string"}}
+PARQUET = "application/vnd.apache.parquet"
+TABLE: dict[str, Any] = {"text/csv": TEXT, PARQUET: TEXT}
+FRONTIER = TABLE | {"text/html": TEXT}
+OBJECT: dict[str, Any] = {"schema": {"type": "object"}}
+FILES = {export.media_type: TEXT for export in EXPORTS.values()} | {
+    "application/json": OBJECT,
+    "application/yaml": OBJECT,
+}
+# Only described: who is refused is told more than that a pattern did not match.
+GROUP_LIST = f"^(({'|'.join(GROUPS)})(,({'|'.join(GROUPS)}))*)?$"
+BUDGET = f"({'|'.join(BUDGETS)}):[1-9][0-9]{{0,8}}(\\.[0-9]{{1,9}})?"
+BUDGET_LIST = f"^({BUDGET}(,{BUDGET})*)?$"
 
-TableFormat = Annotated[Literal["json", "csv"], Query(description="`json` or `csv`.")]
+TableFormat = Annotated[Literal["json", "csv", "parquet"], Query(description="`json`, `csv` or `parquet`.")]
 FrontierFormat = Annotated[
     Literal["json", "csv", "parquet", "html"], Query(description="`html` is a page that needs nothing else.")
 ]
@@ -34,15 +50,20 @@ Include = Annotated[
     Query(
         description="Further groups, separated by commas: `baselines`, `dominated`, `predicted`.",
         examples=["baselines,dominated"],
+        json_schema_extra={"pattern": GROUP_LIST},
     ),
 ]
-
+ExportFormat = Annotated[
+    str,
+    Query(max_length=100, description="The tool that loads the file.", json_schema_extra={"enum": list(EXPORTS)}),
+]
 Under = Annotated[
     str,
     Query(
         description="Other budgets, as NAME:VALUE separated by commas, in the units of a request's `budgets`: "
         "`best_under` of the JSON is then the best measured point that keeps them.",
         examples=["avg_bits:4.25,size_mb:70"],
+        json_schema_extra={"pattern": BUDGET_LIST},
     ),
 ]
 
@@ -51,12 +72,15 @@ Under = Annotated[
     "/frontier",
     response_model=FrontierDocument,
     response_model_exclude_unset=True,
-    responses=responses(404)
-    | {200: {"content": FILE_CONTENT | {"application/vnd.apache.parquet": {"schema": {"type": "string"}}}}},
+    responses=responses(*READ, 404) | {200: {"content": FRONTIER}},
     summary="The measured frontier",
 )
 def frontier(
-    found: FoundFrontier, format: FrontierFormat = "json", include: Include = "baselines", under: Under = ""
+    engine: Database,
+    found: FoundFrontier,
+    format: FrontierFormat = "json",
+    include: Include = "baselines",
+    under: Under = "",
 ) -> Any:
     """Measured points that fit every budget and that no other dominates; uniform baselines beside them.
 
@@ -64,45 +88,42 @@ def frontier(
     """
     groups, budgets = _groups(include), _budgets(under)
     if format == "json":
-        return FrontierDocument.of(found, set(groups), budgets)
+        spelled_out = [*found.points, *(found.baselines if "baselines" in groups else ())]
+        known = allocations(engine, found.search.id, [point.number for point in spelled_out])
+        return FrontierDocument.of(found, set(groups), known, budgets)
     name = f"search-{found.search.id}-frontier.{format}"
     if format == "html":
-        return _file(standalone_page(found), "text/html; charset=utf-8", name)
-    table = found.table(groups)
-    if format == "csv":
-        return _file(table.to_csv(), "text/csv; charset=utf-8", name)
-    buffer = io.BytesIO()
-    table.to_parquet(buffer)
-    return _file(buffer.getvalue(), "application/vnd.apache.parquet", name)
+        return _file(standalone_page(found, best_verdict(found)), "text/html; charset=utf-8", name)
+    return _table(found.table(groups), format, name, index=True)
 
 
 @router.get(
-    "/sensitivities", responses=responses(404) | {200: {"content": FILE_CONTENT}}, summary="The sensitivity tables"
+    "/sensitivities",
+    responses=responses(*READ, 404) | {200: {"content": TABLE}},
+    summary="The sensitivity tables",
 )
 def sensitivities(search: FoundSearch, engine: Database, format: TableFormat = "json") -> Any:
     """Predicted increase of the loss when a unit takes a scheme, by metric, with its standard error.
 
     What rounding weights and activations contribute stands beside it. A metric that is not in units of the loss (see
     `/v1/metrics`) gives relative scores. JSON: units × schemes tables for each metric, null where a scheme is not
-    allowed. CSV: one row per metric, unit, scheme.
+    allowed. CSV and Parquet: one row per metric, unit, scheme.
     """
     tables = read_sensitivities(engine, search)
     if format == "json":
         return JSONResponse({"search": search.id, "tables": tables})
-    csv = sensitivity_table(tables).to_csv(index=False)
-    return _file(csv, "text/csv; charset=utf-8", f"search-{search.id}-sensitivities.csv")
+    return _table(sensitivity_table(tables), format, f"search-{search.id}-sensitivities.{format}", index=False)
 
 
-@router.get("/points/{number}", responses=responses(404), summary="One point")
-def point(found: FoundFrontier, chosen: FoundPoint) -> Point:
+@router.get("/points/{number}", responses=responses(*READ, 404), summary="One point")
+async def point(search: FoundSearch, chosen: FoundPoint) -> Point:
     """A configuration with its allocation, costs, metrics and predictions."""
-    return Point.of(found.search.id, chosen)
+    return Point.of(search.id, chosen, chosen.allocation)
 
 
 @router.get(
     "/points/{number}/config",
-    responses=responses(404, 409)
-    | {200: {"content": {"application/json": {"schema": {"type": "object"}}}, "description": "The file"}},
+    responses=responses(*READ, 404, 409) | {200: {"content": FILES, "description": "The file"}},
     response_class=Response,
     summary="The point as a file another tool loads",
 )
@@ -110,7 +131,7 @@ def config(
     search: FoundSearch,
     chosen: FoundPoint,
     engine: Database,
-    format: Annotated[str, Query(max_length=100, description="One of: " + ", ".join(EXPORTS))] = "json",
+    format: ExportFormat = "json",
 ) -> Response:
     """The configuration as the named tool's own file; refused with the reason where that tool cannot load it."""
     exported = export_point(engine, search, chosen, format)
@@ -147,6 +168,14 @@ def _budgets(under: str) -> dict[str, float]:
             )
         budgets[name] = min(value, budgets.get(name, inf))
     return budgets
+
+
+def _table(table: pd.DataFrame, format: str, name: str, *, index: bool) -> Response:
+    if format == "csv":
+        return _file(table.to_csv(index=index), "text/csv; charset=utf-8", name)
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=index)
+    return _file(buffer.getvalue(), PARQUET, name)
 
 
 def _file(content: str | bytes, media_type: str, filename: str) -> Response:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
-from sqlalchemy import text
 
-from api.dependencies import Database
 from api.problems import responses
+from db.readiness import Readiness
 
 router = APIRouter(tags=["health"])
 
@@ -21,14 +20,16 @@ class Health(BaseModel):
 
 
 @router.get("/healthz", responses=responses(), summary="Is the process alive?")
-def alive() -> Health:
+async def alive(response: Response) -> Health:
     """Answers whenever the process does; touches nothing else."""
+    response.headers["Cache-Control"] = "no-store"
     return Health()
 
 
 @router.get("/readyz", responses=responses(), summary="Can it serve?")
-def ready(engine: Database) -> Health:
-    """Answers when the database does; 503 otherwise."""
-    with engine.connect() as connection:
-        connection.execute(text("SELECT 1"))
+async def ready(request: Request, response: Response) -> Health:
+    """Answers when the database does, and has the schema of this version; 503 otherwise, within two seconds."""
+    readiness: Readiness = request.app.state.readiness
+    await readiness.check()
+    response.headers["Cache-Control"] = "no-store"
     return Health()

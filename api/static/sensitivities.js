@@ -1,43 +1,21 @@
-// Brings in the heat map of the chosen metric once it comes into view. Colours come from the style sheet.
+// Brings in the heat map of the page's metric once it comes into view. Colours come from the style sheet.
 (() => {
   "use strict";
 
   const { colour, look } = window.bitfrontierLook;
-  const panels = new Map();
-  const seen = new IntersectionObserver((entries) => { if (entries.some((entry) => entry.isIntersecting)) show(); }, { rootMargin: "200px" });
-  let chosen = null, drawn = null;
-
-  // The page is scanned again after a live page brought new results in.
-  function start() {
-    const box = document.getElementById("sensitivities");
-    if (!box) return;
-    const picker = document.getElementById("metric");
-    box.hidden = false;
-    if (chosen) picker.value = chosen;
-    picker.addEventListener("change", () => { chosen = picker.value; show(); });
-    seen.disconnect();
-    drawn = null;
-    if (panels.has(picker.value)) show();
-    else seen.observe(box);
-  }
+  const box = document.getElementById("sensitivities");
+  if (!box) return;
 
   async function show() {
-    const box = document.getElementById("sensitivities"), metric = document.getElementById("metric").value;
-    if (!panels.has(metric)) {
-      const answer = await fetch(`/searches/${box.dataset.search}/sensitivities/${encodeURIComponent(metric)}`);
-      if (answer.ok) panels.set(metric, await answer.text());
-    }
-    // Another metric may have been chosen, and the page renewed, while this one was on its way.
-    if (drawn === metric || document.getElementById("metric").value !== metric) return;
-    drawn = metric;
-    document.getElementById("sensitivity").innerHTML = panels.get(metric) ?? "It could not be loaded.";
+    const answer = await fetch(`/searches/${box.dataset.search}/sensitivities/${encodeURIComponent(box.dataset.metric)}`);
+    box.innerHTML = answer.ok ? await answer.text() : "It could not be loaded.";
     draw();
   }
 
   function draw() {
-    const place = document.querySelector("#sensitivity .heat");
+    const place = box.querySelector(".heat");
     if (!place) return;
-    const { data, layout } = JSON.parse(document.querySelector("#sensitivity script").textContent);
+    const { data, layout } = JSON.parse(box.querySelector("script").textContent);
     const scale = (name) => [0, 1, 2].map((step) => [step / 2, colour(`--${name}-${step}`)]);
     const rows = data[0].y.length, columns = data[0].z[0].length;
     place.style.minWidth = `${columns * 5}px`;
@@ -55,16 +33,21 @@
     const axis = { fixedrange: true, showgrid: false, zeroline: false, ticks: "" };
     Plotly.react(place, traces, {
       ...base,
+      width: place.clientWidth,
       height: 88 + rows * Math.max(16, 30 - rows),
       margin: { l: 10, r: 10, t: 40, b: 48 },
       xaxis: { ...axis, ...layout.xaxis, title: { ...layout.xaxis.title, font: base.font, standoff: 6 }, range: [-0.5, columns - 0.5] },
       yaxis: { ...axis, type: "category", autorange: "reversed", automargin: true },
       shapes: layout.shapes.map((shape) => ({ ...shape, line: { color: colour("--card"), width: wide ? 3 : 1 } })),
-    }, { displayModeBar: false, responsive: true });
+    }, { displayModeBar: false });
   }
 
-  window.bitfrontierSensitivities = start;
-  start();
+  const seen = new IntersectionObserver((entries) => {
+    if (!entries.some((entry) => entry.isIntersecting)) return;
+    seen.disconnect();
+    show();
+  }, { rootMargin: "200px" });
+  seen.observe(box);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   addEventListener("resize", draw);
 })();

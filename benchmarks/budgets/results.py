@@ -36,7 +36,7 @@ def report(found: Sequence[Sequence[Found]], *, keep: bool) -> None:
     if not keep:
         print("\n\n".join(parts))
         return
-    FIGURE.write_text(draw_figure([runs[0] for runs in found]))
+    FIGURE.write_text(draw_figure([runs[0] for runs in found if not runs[0].study.layers]))
     write(
         "budgets",
         "The loss at a budget: uniform, ModelOpt, AutoRound and ours",
@@ -46,8 +46,9 @@ def report(found: Sequence[Sequence[Found]], *, keep: bool) -> None:
             "the mean of three splits of the data, none of which shares a sample with what any method saw. Budgets are "
             "mean bits of a code; scales cost everyone the same. All allocations are of the same layers, rounded by "
             "the same quantizer (`rtn`, symmetric; groups of 64, per output channel in EfficientNet) and measured by "
-            "the same evaluator. *Unrefined*: the exact frontier of `fisher`. *Refined*: the loop of docs/search.md, "
-            "whose measurements are of the same calibration samples, and whose acceptance uses as many more.",
+            "the same evaluator. Where our units are groups of channels, the other methods' are whole layers. "
+            "*Unrefined*: the exact frontier of `fisher`. *Refined*: the loop of docs/search.md, whose measurements "
+            "are of the same calibration samples, and whose acceptance uses as many more.",
             *parts,
             "Ratios of losses, with the 95 % interval of a bootstrap over the held-out samples of all splits, paired. "
             "`best other`: whichever of the other methods loses least at this budget on average. ModelOpt as it comes "

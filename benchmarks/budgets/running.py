@@ -116,8 +116,8 @@ class Case:
         self.spent[name] = self.spent.get(name, 0.0) + seconds
 
 
-def run(study: Study, seed: int) -> Found:
-    """All methods at all budgets."""
+def run(study: Study, seed: int, layers: Found | None = None) -> Found:
+    """All methods at all budgets; `layers` is what the study of whole layers has found at the seed, if there is one."""
     case, found = Case(study, seed), Found(study, seed)
     space = case.space
     cost = cost_tables(space, case.evaluator.inventory)["avg_bits"]
@@ -139,7 +139,8 @@ def run(study: Study, seed: int) -> Found:
     found.seconds["unrefined"] = case.spent["table"] + time.perf_counter() - began
 
     with remembering(case.evaluator):
-        report("uniform", {round(cost.total(one) - scales, 3): one for one in uniform})
+        if not layers:
+            report("uniform", {round(cost.total(one) - scales, 3): one for one in uniform})
         report("unrefined", exact)
         found.predicted = {
             budget: float(table[np.arange(len(choice)), choice].sum()) for budget, choice in exact.items()
@@ -167,6 +168,11 @@ def run(study: Study, seed: int) -> Found:
         found.evaluations = loop.spent
         found.trials = [(trial, cost.total(trial.choice) - scales) for trial in loop.trials]
         report("refined", dict(zip(BUDGETS[::-1], chosen, strict=True)))
+        if layers:
+            for method in ("uniform", *PACKAGES):
+                found.losses[method] = layers.losses[method]
+            found.seconds |= {rival: layers.seconds[rival] for rival in PACKAGES}
+            return found
         for rival in PACKAGES:
             if study.name in STUDIES[rival]:
                 theirs = allocate(rival, study.name, calibration_inputs(case.evaluator))

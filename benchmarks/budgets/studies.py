@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +25,11 @@ CROPS = 24
 
 @dataclass(frozen=True)
 class Study:
-    """A model with the schemes of its layers, its data by seed, and how many configurations its search may measure."""
+    """A model with the schemes of its layers, its data by seed, and how many configurations its search may measure.
+
+    With `channels`, so many output channels of a layer are a unit; `layers` is then the study of whole layers, whose
+    uniform and other tools' configurations are this one's too.
+    """
 
     name: str
     title: str
@@ -33,10 +38,15 @@ class Study:
     evaluations: int
     data: str
     ignore: tuple[str, ...] = ()
+    channels: int | None = None
+    layers: Study | None = None
 
     def space(self, evaluator: Evaluator) -> Space:
-        """Every layer its own unit."""
-        request = SpaceRequest(schemes=self.schemes, ignore=self.ignore)
+        """Every layer its own unit, or every group of channels."""
+        granularity: Literal["channels", "layer"] = "channels" if self.channels else "layer"
+        request = SpaceRequest(
+            schemes=self.schemes, ignore=self.ignore, granularity=granularity, channels=self.channels
+        )
         return build_space(evaluator.inventory, request, find_target("generic"))
 
 
@@ -56,7 +66,7 @@ def smollm2(seed: int) -> Evaluator:
     source = models.smollm2()
     if source is None:
         raise FileNotFoundError("SmolLM2-135M is not there; run scripts/fetch_models.py")
-    return text(source, 16, 256, seed)
+    return text(source, 32, 256, seed)
 
 
 def efficientnet(seed: int) -> Evaluator:
@@ -66,6 +76,16 @@ def efficientnet(seed: int) -> Evaluator:
     splits = [{"pixel_values": preprocess(_crops(third, generator))} for third in range(3)]
     return evaluator_of(model, "EfficientNetLite0", splits, 8)
 
+
+SMOLLM2 = Study(
+    "smollm2",
+    "SmolLM2-135M, 210 linear layers",
+    smollm2,
+    tuple(f"w{bits}a16g64" for bits in WIDTHS),
+    96,
+    "32 × 256 tokens of the Python reference",
+    ignore=("model.embed_tokens", "lm_head"),
+)
 
 STUDIES = {
     study.name: study
@@ -87,14 +107,13 @@ STUDIES = {
             80,
             f"{CROPS} crops of one third of two photographs",
         ),
-        Study(
-            "smollm2",
-            "SmolLM2-135M, 210 linear layers",
-            smollm2,
-            tuple(f"w{bits}a16g64" for bits in WIDTHS),
-            96,
-            "16 × 256 tokens of the Python reference",
-            ignore=("model.embed_tokens", "lm_head"),
+        SMOLLM2,
+        replace(
+            SMOLLM2,
+            name="smollm2-channels",
+            title="SmolLM2-135M, 2 430 groups of 64 output channels",
+            channels=64,
+            layers=SMOLLM2,
         ),
     )
 }

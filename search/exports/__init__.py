@@ -10,6 +10,7 @@ from search.allocation import LayerSchemes
 from search.candidate import Candidate
 from search.errors import ExportRefused, InvalidRequest
 from search.inventory import Inventory, whole_and_channels
+from search.names import HUB
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +34,33 @@ class Exported:
 class Export:
     """A format: its media type, the file name it is offered under, and the function that writes it.
 
-    `splits_layers`: whether it can give output channels of one layer different schemes.
+    `carries` says in a sentence which schemes and models it can express. `use` is the one command that uses the file,
+    with `{file}`, `{search}`, `{point}`, `{model}` and `{source}` in it, see `command`. `splits_layers`: whether it can
+    give output channels of one layer different schemes.
     """
 
     name: str
     media_type: str
     filename: str
     description: str
+    carries: str
+    use: str
     render: Callable[[Exported], str]
     splits_layers: bool = False
 
+    def command(self, *, search: int, point: int, model: str, source: str) -> str:
+        """What a person types to use the file of point `point` of search `search` on `model`, which the tool loads from
+        `source`, see `loaded_from`."""
+        return self.use.format(file=self.filename, search=search, point=point, model=model, source=source)
+
 
 EXPORTS: dict[str, Export] = {}
+
+
+def loaded_from(source: str | None) -> str:
+    """What another tool loads a model of this stored source from: its Hugging Face id, else MODEL_FOLDER, for which a
+    person puts the folder; a registered name means nothing to other tools."""
+    return source.removeprefix(HUB) if source and source.startswith(HUB) else "MODEL_FOLDER"
 
 
 def export(
@@ -52,13 +68,15 @@ def export(
     *,
     filename: str,
     description: str,
+    carries: str,
+    use: str,
     media_type: str = "application/json",
     splits_layers: bool = False,
 ) -> Callable[[Callable[[Exported], str]], Callable[[Exported], str]]:
     """Register the decorated function as the writer of format `name`."""
 
     def register(function: Callable[[Exported], str]) -> Callable[[Exported], str]:
-        EXPORTS[name] = Export(name, media_type, filename, description, function, splits_layers)
+        EXPORTS[name] = Export(name, media_type, filename, description, carries, use, function, splits_layers)
         return function
 
     return register
@@ -76,6 +94,15 @@ def render(name: str, exported: Exported) -> str:
     return EXPORTS[name].render(exported)
 
 
+def refusal(name: str, exported: Exported) -> ExportRefused | None:
+    """Why format `name` cannot carry `exported`; None when it can."""
+    try:
+        render(name, exported)
+    except ExportRefused as error:
+        return error
+    return None
+
+
 def _refuse_parts(name: str, exported: Exported) -> None:
     for layer, scheme in exported.schemes.items():
         if whole_and_channels(layer)[1] is not None:
@@ -88,6 +115,18 @@ def _refuse_parts(name: str, exported: Exported) -> None:
 
 
 # Each module registers its format as it is imported.
-from search.exports import native, vllm  # noqa: E402
+from search.exports import (  # noqa: E402, F401
+    autoround,
+    csv,
+    gptqmodel,
+    llama_cpp,
+    llm_compressor,
+    modelopt,
+    native,
+    nncf,
+    olive,
+    torchao,
+    vllm,
+)
 
-__all__ = ["EXPORTS", "Export", "Exported", "export", "native", "render", "vllm"]
+__all__ = ["EXPORTS", "Export", "Exported", "export", "loaded_from", "refusal", "render"]

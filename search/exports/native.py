@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -9,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from search.allocation import LayerSchemes, placed
 from search.errors import InvalidRequest
 from search.exports import Exported, export
-from search.inventory import LayerKind, Task, by_whole
+from search.inventory import Inventory, LayerKind, Task, by_whole, whole_and_channels
 from search.scheme import Scheme
+from search.targets import find_target
 
 SCHEMA: Final = "bitfrontier/configuration"
 VERSION: Final = 1
@@ -72,8 +74,8 @@ class LayerConfig(_Strict):
 class Configuration(_Strict):
     """The document. Fields are only ever added within a version."""
 
-    schema_: Literal["bitfrontier/configuration"] = Field(SCHEMA, alias="schema")
-    version: Literal[1] = VERSION
+    schema_: Literal["bitfrontier/configuration"] = Field(alias="schema")
+    version: Literal[1]
     model: ModelIdentity
     target: str
     """The runtime the search was made for."""
@@ -101,6 +103,8 @@ class Configuration(_Strict):
     "json",
     filename="bitfrontier.json",
     description="Bitfrontier's own document: every layer's scheme, the costs and what was measured",
+    carries="Every scheme of every model.",
+    use="bitfrontier apply --config {file} --output {model}-quantized",
     splits_layers=True,
 )
 def write_native(exported: Exported) -> str:
@@ -108,6 +112,7 @@ def write_native(exported: Exported) -> str:
     inventory, candidate, searched = exported.inventory, exported.candidate, by_whole(exported.schemes)
     document = Configuration(
         schema=SCHEMA,
+        version=VERSION,
         model=ModelIdentity(
             name=exported.model,
             digest=inventory.digest,
@@ -154,3 +159,63 @@ def read_native(text: str) -> Configuration:
             field=field,
             accepted=f"a document with schema '{SCHEMA}' and version {VERSION}",
         ) from error
+
+
+def check_document(document: Configuration, inventory: Inventory) -> None:
+    """Raise InvalidRequest, naming the field, unless the document says of every layer of `inventory`, and of no other,
+    what becomes of it."""
+    find_target(document.target)
+    _check_equal("model.architecture", document.model.architecture, inventory.architecture)
+    _check_equal("model.task", document.model.task, inventory.task)
+    layers = {layer.name: layer for layer in inventory.layers}
+    taken: dict[str, list[range]] = {}
+    for index, entry in enumerate(document.layers):
+        field = f"layers.{index}"
+        whole, channels = whole_and_channels(entry.name)
+        if whole not in layers:
+            raise _wrong(f"{field}.name", entry.name, "a layer of the model")
+        try:
+            layer = layers[whole].named(entry.name)
+        except ValueError as error:
+            raise _wrong(f"{field}.name", entry.name, f"channels of its {layers[whole].rows}") from error
+        _check_equal(f"{field}.kind", entry.kind, layer.kind)
+        _check_equal(f"{field}.rows", entry.rows, layer.rows)
+        _check_equal(f"{field}.columns", entry.columns, layer.columns)
+        rows = channels or range(layer.rows)
+        if any(rows.start < other.stop and other.start < rows.stop for other in taken.setdefault(whole, [])):
+            raise _wrong(f"{field}.name", entry.name, "each output channel once")
+        taken[whole].append(rows)
+    for index, name in enumerate(document.full_precision):
+        if name not in layers or name in taken:
+            raise _wrong(f"full_precision.{index}", name, "a layer of the model that 'layers' does not name")
+    missing = sorted(layers.keys() - taken.keys() - set(document.full_precision))
+    if missing:
+        raise InvalidRequest(
+            f"the document does not say what becomes of {missing[0]}",
+            field="full_precision",
+            value=missing[0],
+            accepted="every quantizable layer of the model, here or in 'layers'",
+        )
+
+
+def _check_equal(field: str, told: object, known: object) -> None:
+    if told != known:
+        raise _wrong(field, told, known)
+
+
+def _wrong(field: str, value: object, accepted: object) -> InvalidRequest:
+    return InvalidRequest(
+        f"the document does not fit the model: {field} is {str(value)[:200]}",
+        field=field,
+        value=value,
+        accepted=accepted,
+    )
+
+
+def json_schema() -> str:
+    """The JSON Schema of the document, published as docs/configuration.schema.json."""
+    schema = Configuration.model_json_schema() | {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"{SCHEMA} version {VERSION}",
+    }
+    return json.dumps(schema, indent=2) + "\n"

@@ -6,16 +6,15 @@ fused layer every shard's name must match, and the first one's scheme serves the
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from typing import Any
 
 from search.errors import ExportRefused
 from search.exports import Exported, export
+from search.exports.refusing import all_schemes, check_fused, check_quantized, check_schemes
 from search.inventory import Inventory, Layer
-from search.scheme import ACTIVATION_BITS, FULL_PRECISION, GROUP_SIZES, WEIGHT_BITS, Scheme
-from search.space import tie
+from search.scheme import FULL_PRECISION, Scheme
 from search.targets import find_target
 
 TARGET = find_target("vllm")
@@ -31,15 +30,17 @@ RENAMED = (
     (re.compile(r"(layers\..*)"), r"model.\1"),
 )
 
-# Fused experts are looked up as `<block>.experts.<number>.<projection>`, under these names.
+# What the tools that write a checkpoint make of fused experts: `<experts>.<number>.<projection>`.
+UNFUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+# vLLM looks them up as `<block>.experts.<number>.<projection>`, under these names.
 _W = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
-_PROJ = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 EXPERTS = {
     "MixtralForCausalLM": ("block_sparse_moe", _W),
     "MiniMaxM2ForCausalLM": ("mlp", _W),
-    "Qwen2MoeForCausalLM": ("mlp", _PROJ),
-    "Qwen3MoeForCausalLM": ("mlp", _PROJ),
-    "OlmoeForCausalLM": ("mlp", _PROJ),
+    "Qwen2MoeForCausalLM": ("mlp", UNFUSED),
+    "Qwen3MoeForCausalLM": ("mlp", UNFUSED),
+    "OlmoeForCausalLM": ("mlp", UNFUSED),
 }
 
 
@@ -47,18 +48,44 @@ EXPERTS = {
     "vllm",
     filename="quantization_config.json",
     description="The `quantization_config` of config.json that vLLM reads for a compressed-tensors checkpoint",
+    carries="Integer weights of 2 to 8 bits with 16-bit activations, and those that vLLM multiplies with 8-bit ones; "
+    "linear layers of language and embedding models, one scheme for what vLLM fuses.",
+    use="bitfrontier apply {search} --point {point} --output {model}-quantized && vllm serve {model}-quantized",
 )
 def write_vllm(exported: Exported) -> str:
     """The candidate as a compressed-tensors quantization config: one group per scheme, layers by their full names.
 
     Raises ExportRefused where vLLM could not load it or would silently load something else.
     """
-    inventory, taken = exported.inventory, exported.schemes
-    schemes = {layer.name: taken.get(layer.name, FULL_PRECISION) for layer in inventory.layers}
-    _refuse_model(inventory)
-    for layer in inventory.layers:
-        _refuse_layer(layer, schemes[layer.name])
-    _refuse_mixed(inventory, schemes)
+    groups, ignored = grouped(exported)
+    formats = {_format(scheme) for scheme in groups}
+    document = {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "ignore": ignored,
+        "config_groups": {
+            str(scheme): {**group(scheme, names), "format": _format(scheme)} for scheme, names in groups.items()
+        },
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
+def grouped(exported: Exported) -> tuple[dict[Scheme, list[str]], list[str]]:
+    """Scheme → the names of the layers that take it, coarsest first, and the names of those to leave alone.
+
+    Raises what `write_vllm` raises.
+    """
+    inventory, schemes = exported.inventory, all_schemes(exported)
+    if inventory.task == "image-classification":
+        raise ExportRefused(
+            "vLLM does not serve image classification models",
+            value=inventory.architecture,
+            accepted="the export format 'json'",
+        )
+    check_schemes(exported, _problem)
+    check_fused(exported, TARGET, "vLLM", _problem)
+    check_quantized(exported, "vLLM")
 
     groups: dict[Scheme, list[str]] = {}
     ignored: list[str] = []
@@ -69,55 +96,13 @@ def write_vllm(exported: Exported) -> str:
             ignored.extend(_names(layer, inventory))
         else:
             ignored.extend(layer.aliases)
-    if not groups:
-        raise ExportRefused(
-            "every layer of this point keeps full precision: there is nothing for vLLM to dequantize",
-            accepted="a point that quantizes at least one layer, or the model as it is",
-        )
-    formats = {_format(scheme) for scheme in groups}
-    document = {
-        "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "ignore": ignored,
-        "config_groups": {str(scheme): _group(scheme, groups[scheme]) for scheme in sorted(groups)},
-    }
-    return json.dumps(document, indent=2) + "\n"
-
-
-def _refuse_model(inventory: Inventory) -> None:
-    reason = None
-    if inventory.task == "image-classification":
-        reason = "vLLM does not serve image classification models"
-    elif inventory.architecture.startswith("GPT2"):
-        reason = "GPT-2 keeps its weights in transposed Conv1D modules, which compressed-tensors does not quantize"
-    if reason:
-        raise ExportRefused(reason, value=inventory.architecture, accepted="the export format 'json'")
-
-
-def _refuse_layer(layer: Layer, scheme: Scheme) -> None:
-    if scheme == FULL_PRECISION:
-        return
-    reason = TARGET.refuses(layer)
-    if reason:
-        raise ExportRefused(
-            f"{layer.name} takes {scheme}, but {reason}", field=layer.name, value=str(scheme), accepted="w16a16"
-        )
-    reason = _problem(layer, scheme)
-    if reason:
-        nearest = _nearest(layer, scheme)
-        raise ExportRefused(
-            f"{layer.name} takes {scheme}, but {reason}; the nearest that loads is {nearest}",
-            field=layer.name,
-            value=str(scheme),
-            accepted=str(nearest),
-        )
+    return {scheme: groups[scheme] for scheme in sorted(groups)}, ignored
 
 
 def _problem(layer: Layer, scheme: Scheme) -> str | None:
-    """Why vLLM cannot load `layer` at `scheme`."""
-    if scheme == FULL_PRECISION:
-        return None
+    refused = TARGET.refuses(layer)
+    if refused:
+        return refused
     if not scheme.fits(layer.columns):
         return f"the group size does not divide its {layer.columns} columns"
     if layer.columns * scheme.weight_bits % WORD_BITS:
@@ -129,51 +114,21 @@ def _problem(layer: Layer, scheme: Scheme) -> str | None:
     return TARGET.refuses_scheme(scheme)
 
 
-def _nearest(layer: Layer, wanted: Scheme) -> Scheme:
-    """The loadable scheme closest to `wanted`: in weight bits first, then activation bits, grouping and symmetry."""
-
-    per_channel = 2 * max(GROUP_SIZES)
-
-    def distance(scheme: Scheme) -> tuple[int, ...]:
-        return (
-            abs(scheme.weight_bits - wanted.weight_bits),
-            abs(scheme.activation_bits - wanted.activation_bits),
-            abs((scheme.group_size or per_channel) - (wanted.group_size or per_channel)),
-            scheme.symmetric != wanted.symmetric,
-            -scheme.weight_bits,
-        )
-
-    grid = itertools.product(WEIGHT_BITS, ACTIVATION_BITS, (*GROUP_SIZES, None), (True, False))
-    choices = [Scheme(*choice) for choice in grid if choice[0] < FULL_PRECISION.weight_bits]
-    loadable = [scheme for scheme in choices if _problem(layer, scheme) is None]
-    return min(loadable, key=distance, default=FULL_PRECISION)
-
-
-def _refuse_mixed(inventory: Inventory, schemes: dict[str, Scheme]) -> None:
-    for unit in tie(list(inventory.layers), TARGET):
-        taken = {layer.name: str(schemes[layer.name]) for layer in unit.layers}
-        if len(set(taken.values())) > 1:
-            widest = max((schemes[name] for name in taken), key=lambda scheme: (scheme.weight_bits, str(scheme)))
-            raise ExportRefused(
-                f"vLLM fuses {', '.join(taken)} into one layer, which takes one scheme, but this point gives "
-                f"{', '.join(sorted(set(taken.values())))}; search with target 'vllm' to tie them",
-                field=unit.name,
-                value=taken,
-                accepted=str(widest),
-            )
-
-
 def _names(layer: Layer, inventory: Inventory) -> list[str]:
-    """What vLLM and compressed-tensors look `layer` up by: full names, or a pattern over the experts of a layer."""
+    """What vLLM and compressed-tensors look `layer` up by: full names, or patterns over the experts of a layer."""
     if layer.kind == "experts":
-        return [_expert_pattern(layer, inventory)]
+        return list(dict.fromkeys(_expert_patterns(layer, inventory)))
     names = [layer.name, *layer.aliases]
     for pattern, replacement in RENAMED:
         names += [match.expand(replacement) for name in names if (match := pattern.fullmatch(name))]
     return list(dict.fromkeys(names))
 
 
-def _expert_pattern(layer: Layer, inventory: Inventory) -> str:
+def expert_path(layer: Layer, inventory: Inventory) -> str:
+    """Under which name vLLM keeps the experts that `layer` is one projection of.
+
+    Raises ExportRefused for models where that is not known.
+    """
     path, _, fused = layer.name.rpartition(".experts.")
     block, projections = EXPERTS.get(inventory.architecture, ("", {}))
     if fused not in projections:
@@ -183,8 +138,17 @@ def _expert_pattern(layer: Layer, inventory: Inventory) -> str:
             value=inventory.architecture,
             accepted=sorted(EXPERTS),
         )
-    parent = re.escape(f"{path.rpartition('.')[0]}.{block}.experts")
-    return rf"re:{parent}\.\d+\.({'|'.join(projections[fused])})$"
+    return f"{path.rpartition('.')[0]}.{block}.experts"
+
+
+def _expert_patterns(layer: Layer, inventory: Inventory) -> list[str]:
+    path, projection = expert_path(layer, inventory), layer.name.rpartition(".")[2]
+    served, unfused = EXPERTS[inventory.architecture][1][projection], UNFUSED[projection]
+    return [_numbered(path, served), _numbered(layer.name.rpartition(".")[0], unfused)]
+
+
+def _numbered(path: str, projections: tuple[str, ...]) -> str:
+    return rf"re:{re.escape(path)}\.\d+\.({'|'.join(projections)})$"
 
 
 def _format(scheme: Scheme) -> str:
@@ -192,7 +156,8 @@ def _format(scheme: Scheme) -> str:
     return "int-quantized" if scheme == Scheme(8, 8) else "pack-quantized"
 
 
-def _group(scheme: Scheme, names: list[str]) -> dict[str, Any]:
+def group(scheme: Scheme, names: list[str]) -> dict[str, Any]:
+    """One of compressed-tensors' `config_groups`."""
     weights = {
         "num_bits": scheme.weight_bits,
         "type": "int",
@@ -212,5 +177,4 @@ def _group(scheme: Scheme, names: list[str]) -> dict[str, Any]:
         "targets": names,
         "weights": weights,
         "input_activations": activations if scheme.quantizes_activations else None,
-        "format": _format(scheme),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from datetime import timedelta
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Engine
 
 from db.candidates import put_candidates
-from db.events import add_event
+from db.events import tell
 from db.latency import latency_of
 from db.models import put_model
 from db.queue import claim, fail, progress, succeed
@@ -20,7 +20,7 @@ from db.results import put_result
 from db.searches import create_search, set_summary
 from search.allocation import layer_schemes, to_json
 from search.budget import cost_bounds
-from search.candidate import Candidate
+from search.candidate import Candidate, Source
 from search.cost import cost_tables
 from search.inventory import Inventory, Layer
 from search.metrics import METRICS
@@ -121,14 +121,15 @@ def report(engine: Engine, held: Any, request: SearchRequest) -> None:
     for metric, cost in summary["metrics"].items():
         enter_metric(engine, held, metric, cost["forward_passes"], cost["estimated_seconds"])
         for note in cost["notes"]:
-            add_event(engine, held.search_id, "notice", {"message": f"{metric}: {note}"})
+            tell(engine, held, "notice", {"message": f"{metric}: {note}"}, f"notice:{metric}: {note}")
     for stage in ("baselines", "optimize"):
         progress(engine, held, stage, 1, 1)
     set_summary(engine, held, summary)
     measured = [candidate for candidate in candidates if candidate.metrics]
     for index, candidate in enumerate(measured):
         data = {"number": candidate.number, "label": candidate.label, "source": candidate.source}
-        add_event(engine, held.search_id, "measured", data | {"loss": candidate.loss, "costs": candidate.costs})
+        data |= {"loss": candidate.loss, "costs": candidate.costs}
+        tell(engine, held, "measured", data, f"measured:{candidate.number}")
         progress(engine, held, "measure", index + 1, len(measured))
     put_candidates(engine, held, candidates)
     succeed(engine, held, summary)
@@ -137,7 +138,7 @@ def report(engine: Engine, held: Any, request: SearchRequest) -> None:
 def enter_metric(engine: Engine, held: Any, metric: str, passes: float, seconds: float) -> None:
     """Say that a metric begins, as a worker does."""
     about = {"metric": metric, "forward_passes": passes, "estimated_seconds": seconds}
-    add_event(engine, held.search_id, "stage", {"stage": "sensitivity", "total": 36} | about)
+    tell(engine, held, "stage", {"stage": "sensitivity", "total": 36} | about, f"stage:{metric}")
     progress(engine, held, "sensitivity", 0, 36)
 
 
@@ -226,7 +227,7 @@ def results(engine: Engine, inventory: Inventory, request: SearchRequest) -> tup
                 for scheme, total in zip(schemes, loss.sum(axis=0).tolist(), strict=True)
             }}  # fmt: skip
         tables[metric] = f"{metric}-of-the-example-{len(units)}-{'-'.join(schemes)}"
-        put_result(engine, tables[metric], "sensitivity", value, 1.5)
+        put_result(engine, tables[metric], "sensitivity", value, 1.5, None)
         metrics[metric] = {"forward_passes": 20.0 + place, "estimated_seconds": 41.0, "seconds": 38.2 * (1 + place),
                            "reused": metric == "kl", "in_loss_units": METRICS[metric].in_loss_units,
                            "notes": NOTES.get(metric, [])}  # fmt: skip
@@ -260,3 +261,59 @@ def _allowed(space: Space, values: NDArray[np.float64]) -> list[list[float | Non
 def _marked(candidate: Candidate, on_frontier: bool) -> Candidate:
     shadow_prices = candidate.shadow_prices if on_frontier else {}
     return replace(candidate, on_frontier=on_frontier, shadow_prices=shadow_prices)
+
+
+def deep_search(engine: Engine, blocks: int, **changes: Any) -> int:
+    """A search that has succeeded, of an encoder of so many blocks: six layers each, and two more."""
+    search_id, held = claimed_search(engine, **changes)
+    request, inventory = SearchRequest.model_validate(REQUEST | changes), encoder(blocks, hidden=64)
+    weights = sum(layer.weights for layer in inventory.layers)
+    inventory = replace(inventory, digest="b" * 64, parameters=weights + 100_000)
+    put_model(engine, request.model, "somewhere", inventory)
+    summary, candidates = results(engine, inventory, request)
+    put_candidates(engine, held, candidates)
+    succeed(engine, held, summary)
+    return search_id
+
+
+def large_search(engine: Engine, layers: int, points: int) -> int:
+    """A search of a decoder of so many layers that has succeeded with so many candidates, few of them on the frontier.
+
+    All but the best have an empty allocation: pages do not read it.
+    """
+    search_id, held = claimed_search(engine)
+    names = [f"model.layers.{index // 7}.{leaf}" for index, leaf in zip(range(layers), cycle(DECODER), strict=False)]
+    costs = np.linspace(4.25, 8.25, points)
+    chance = np.random.default_rng(7)
+    losses = 2.0 ** (-2 * costs) * np.where(np.arange(points) % (points // 40) == 0, 1, chance.uniform(1.2, 30, points))
+    sources: list[Source] = ["uniform", "ilp", "refined", "evolved"]
+
+    def candidate(number: int) -> Candidate:
+        cost, loss = float(costs[number]), float(losses[number])
+        uniform, searched = number % (points // 3) == 0, number % 3 == 1
+        metrics = {"calibration_loss": loss} | ({} if searched else {"loss": loss, "loss_stderr": loss / 20})
+        return Candidate(
+            number, "uniform" if uniform else sources[1 + number % 3],
+            f"uniform w{cost:.0f}a16g64" if uniform else f"refined, {cost:.2f} bits", {},
+            {"kl": loss, "fisher": loss}, {"size_bytes": cost * 1e9, "avg_bits": cost, "bitops": cost * 1e11},
+            metrics, fits=cost <= 5.25 and not searched, expected={"loss": loss, "low": loss / 1.2, "high": loss * 1.2},
+        )  # fmt: skip
+
+    found = [candidate(number) for number in range(points)]
+    fitting = [one for one in found if one.fits]
+    keep = undominated(np.array([[one.costs["avg_bits"], one.metrics["loss"]] for one in fitting]))
+    line = {one.number for one, kept in zip(fitting, keep, strict=True) if kept}
+    best = min(fitting, key=lambda one: one.metrics["loss"]).number
+    allocation = {name: f"w{4 + index % 5}a16g64" for index, name in enumerate(names)}
+    found = [replace(one, on_frontier=one.number in line) for one in found]
+    found[best] = replace(found[best], allocation=allocation)
+    put_candidates(engine, held, found)
+    described = [{"name": name, "kind": "linear", "block": name.rsplit(".", 2)[0], "rows": 4096, "columns": 4096,
+                  "macs": 4096**2} for name in names]  # fmt: skip
+    units = [{"name": layer["name"], "layers": [layer["name"]], "block": layer["block"]} for layer in described]
+    succeed(engine, held, {"axes": ["avg_bits"], "layers": described, "units": units, "full_precision": {}})
+    return search_id
+
+
+DECODER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+           "mlp.up_proj", "mlp.down_proj")  # fmt: skip

@@ -146,6 +146,7 @@ def test_a_cost_as_the_objective_makes_the_cheapest_point_the_best(client: TestC
 def test_standalone_page_needs_nothing_else(client: TestClient, frontier: Frontier) -> None:
     page = client.get("/v1/searches/1/frontier?format=html").text
     assert "plotly.js v" in page
+    assert "is the best that fits. 1.2× less loss than uniform w5a16g64" in page
     assert "<script src" not in page
     assert "<link" not in page
 
@@ -193,6 +194,30 @@ def test_comparison_takes_the_best_baseline_at_no_larger_cost(frontier: Frontier
         else:
             assert comparison is not None
             assert comparison.baseline == cheaper[-1]
+
+
+def test_allocations_are_read_of_the_points_that_show_them(
+    client: TestClient, engine: Engine, frontier: Frontier, queries: list[str]
+) -> None:
+    document = client.get("/v1/searches/1/frontier?include=baselines,dominated,predicted").json()
+    stored = {point.number: point.allocation for point in frontier.candidates}
+    for group, spelled_out in {"points": True, "baselines": True, "dominated": False, "predicted": False}.items():
+        assert document[group]
+        for point in document[group]:
+            assert point.get("allocation") == (stored[point["number"]] if spelled_out else None)
+    del queries[:]
+    for path in (
+        "/",
+        "/searches/1",
+        "/v1/searches",
+        *(f"/v1/searches/1/frontier?format={name}" for name in ("csv", "parquet", "html")),
+    ):
+        assert client.get(path).status_code == 200
+    read = [query for query in queries if "FROM candidates" in query]
+    assert len(read) == 6
+    whole = [query for query in read if "candidates.allocation" in query]
+    assert len(whole) == 1, "of the point that the page of the search has in hand"
+    assert "candidates.number = " in whole[0]
 
 
 def test_point_and_its_files(client: TestClient, frontier: Frontier) -> None:

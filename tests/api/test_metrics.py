@@ -92,7 +92,7 @@ def test_reports_tell_cost_merit_and_notes(search: Search) -> None:
 
 
 def test_page_tells_a_note_once_beside_its_metric(client: TestClient, search: Search) -> None:
-    page = client.get(f"/searches/{search.id}").text
+    page = client.get(f"/searches/{search.id}/sensitivities").text
     assert page.count("no relevance rule for &lt;Gelu&gt;") == 1
     assert "<Gelu>" not in page
     assert "lrp relative score relevance 3 min 23 0.92 over 20 points no relevance rule" in words(page)
@@ -101,13 +101,11 @@ def test_page_tells_a_note_once_beside_its_metric(client: TestClient, search: Se
 def test_page_of_a_search_without_metrics(client: TestClient, engine: Engine) -> None:
     search_id, held = examples.claimed_search(engine)
     examples.enter_metric(engine, held, "pqi", 85.0, 121.0)
-    assert "sensitivity: pqi, about 2 min (85 forward passes), 0 of 36" in words(
-        client.get(f"/searches/{search_id}").text
-    )
+    running = words(client.get(f"/searches/{search_id}").text)
+    assert "Sensitivities : pqi, about 2 min (85 forward passes), 0 of 36" in running
     succeed(engine, held, {})
-    page = client.get(f"/searches/{search_id}")
-    assert page.status_code == 200
-    assert "Sensitivities" not in words(page.text)
+    for path in (f"/searches/{search_id}", f"/searches/{search_id}/sensitivities"):
+        assert client.get(path).status_code == 200
 
 
 def test_panel_of_each_metric(client: TestClient, search: Search) -> None:
@@ -198,5 +196,6 @@ def test_point_tells_weights_from_activations(client: TestClient, engine: Engine
     search_id = examples.finished_search(engine, space=examples.ACTIVATIONS, budgets={"avg_bits": 6})
     uniform = {point.label: point.number for point in candidates(engine, search_id) if point.source == "uniform"}
     with_parts = client.get(f"/searches/{search_id}/points/{uniform['uniform w8a8']}").text
-    assert with_parts.count("activations ") == 24 * 4
-    assert "activations " not in words(client.get(f"/searches/{search_id}/points/{uniform['uniform w8a16g64']}").text)
+    part = '<span class="part">activations '
+    assert with_parts.count(part) == 24 * 4
+    assert part not in client.get(f"/searches/{search_id}/points/{uniform['uniform w8a16g64']}").text

@@ -4,22 +4,23 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from math import log, log10
-from typing import Any
+from math import log
 
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine
 
 from api.frontier import Frontier
-from api.pages.charts import REFERENCES, frontier_figures
+from api.pages.charts import ROLES, chart_document
+from api.pages.point import price_sentences, split_rows
 from api.pages.strip import allocation_strip
-from api.pages.views import best_verdict, price_sentences, split_rows, verdict
+from api.pages.views import best_verdict, verdict
 from api.resources import RESOURCES
 from db.candidates import candidates
-from db.events import add_event
-from db.queue import progress, succeed
+from db.events import tell
+from db.queue import claim, progress, release, succeed
 from db.searches import get_search
+from search.candidate import Candidate
 from tests.api import examples
 
 
@@ -54,50 +55,58 @@ def test_every_link_from_the_front_page_on_leads_somewhere(client: TestClient, f
     assert {f"/searches/1/points/{point.number}" for point in frontier.measured} <= seen
 
 
-def test_figures_show_the_points_of_each_axis(frontier: Frontier) -> None:
-    figures = frontier_figures(frontier)
-    assert list(figures) == ["avg_bits", "size_bytes", "bitops"]
-    for resource, figure in figures.items():
-        by_role = {trace["meta"]: trace for trace in figure["data"]}
-        drawn = [n for role, trace in by_role.items() if role != "best" for n in trace["customdata"]]
-        assert set(drawn) == {point.number for point in (*frontier.measured, *frontier.searched)}
-        assert by_role["searched"]["customdata"] == [point.number for point in frontier.searched]
-        assert frontier.best
-        assert by_role["best"]["customdata"] == [frontier.best.number]
-        xs = by_role["frontier"]["x"]
-        assert xs == sorted(xs)
-        limits = [shape["x0"] for shape in figure["layout"]["shapes"]]
-        assert limits == {"avg_bits": [5.25], "size_bytes": [40.0], "bitops": []}[resource]
+def test_the_chart_has_every_measured_point_on_every_axis(frontier: Frontier, client: TestClient) -> None:
+    document = client.get("/searches/1/chart.json").json()
+    assert document == chart_document(frontier)
+    points = document["points"]
+    assert list(document["x"]) == ["avg_bits", "size_bytes", "bitops"]
+    assert list(document["y"]) == ["loss"]
+    drawn = {point.number for point in (*frontier.measured, *frontier.searched)}
+    assert set(points["number"]) == drawn
+    assert {len(column) for column in points.values()} == {len(drawn)}
+    searched = [n for n, role in zip(points["number"], points["role"], strict=True) if ROLES[role] == "searched"]
+    assert searched == [point.number for point in frontier.searched]
+    assert frontier.best
+    assert document["best"] == frontier.best.number
+    for name, lines in document["lines"].items():
+        assert [points["number"][row] for row in lines["loss"]] == [point.number for point in frontier.line(name)]
+    budgets = {name: axis.get("budget") for name, axis in document["x"].items()}
+    assert budgets == {"avg_bits": 5.25, "size_bytes": 40.0, "bitops": None}
+    best = points["number"].index(document["best"])
+    assert points["size_bytes"][best] == pytest.approx(frontier.best.costs["size_bytes"] / 1e6, rel=1e-4)
 
 
-def test_reference_lines_lie_on_the_main_axis_and_wait_where_they_would_stretch_it(frontier: Frontier) -> None:
-    def lines(frontier: Frontier) -> tuple[dict[str, Any], dict[str, Any]]:
-        figure = frontier_figures(frontier)["avg_bits"]
-        return {t["meta"]: t for t in figure["data"] if t["meta"] in REFERENCES}, figure["layout"]
+def test_perplexity_and_accuracy_are_axes_where_they_were_measured(frontier: Frontier) -> None:
+    def measured(point: Candidate) -> Candidate:
+        if point.loss is None:
+            return point
+        return replace(point, metrics=point.metrics | {"perplexity": 20 + point.loss, "accuracy": 0.9 - point.loss})
 
-    found, layout = lines(frontier)
-    low, high = layout["yaxis"]["range"]
-    assert list(found) == ["lower_bound", "rate_distortion"]
-    assert [trace["visible"] for trace in found.values()] == [True, True]
-    assert all(low <= log10(loss) <= high for trace in found.values() for loss in trace["y"])
-    assert not any(trace["meta"] in REFERENCES for trace in frontier_figures(frontier)["size_bytes"]["data"])
+    summary = (frontier.search.summary or {}) | {"full_precision": {"perplexity": 20.0, "accuracy": 0.9}}
+    search = replace(frontier.search, summary=summary)
+    document = chart_document(Frontier(search, tuple(map(measured, frontier.candidates))))
+    assert list(document["y"]) == ["loss", "perplexity", "accuracy"]
+    assert document["y"]["accuracy"]["full"] == 90.0
+    lines = document["lines"]["avg_bits"]
+    assert lines["perplexity"] == lines["accuracy"] == lines["loss"], "most accuracy, least perplexity"
+    unreported = document["points"]["number"].index(frontier.searched[0].number)
+    assert document["points"]["accuracy"][unreported] is None
 
+
+def test_reference_lines_are_in_the_unit_that_is_shown(frontier: Frontier) -> None:
+    reference = chart_document(frontier)["reference"]
+    assert reference["axis"] == "avg_bits"
+    assert len(reference["levels"]) == len(reference["lower_bound"]) == len(reference["rate_distortion"])
     summary = frontier.search.summary or {}
-    far = summary | {"reference": summary["reference"] | {"rate_distortion": [1e-12] * 16}}
-    found, layout = lines(replace(frontier, search=replace(frontier.search, summary=far)))
-    assert found["rate_distortion"]["visible"] == "legendonly"
-    assert layout["yaxis"]["range"] == [low, high] or layout["yaxis"]["range"][0] > -6
-    assert layout["meta"]["widest"][0] == pytest.approx(-12)
-
-    none = summary | {"reference": summary["reference"] | {"rate_distortion": None, "lower_bound": [0.0] * 16}}
-    assert lines(replace(frontier, search=replace(frontier.search, summary=none)))[0] == {}
+    none = summary | {"reference": summary["reference"] | {"rate_distortion": None}}
+    document = chart_document(replace(frontier, search=replace(frontier.search, summary=none)))
+    assert "rate_distortion" not in document["reference"]
 
 
 def test_the_axis_says_which_data_the_loss_is_of(frontier: Frontier) -> None:
     def title(state: str) -> str:
         search = replace(frontier.search, state=state)
-        axis = frontier_figures(replace(frontier, search=search))["avg_bits"]["layout"]["yaxis"]
-        return str(axis["title"]["text"])
+        return str(chart_document(replace(frontier, search=search))["y"]["loss"]["title"])
 
     assert title("succeeded") == "Loss against full precision"
     assert title("running") == "Loss against full precision, on calibration data"
@@ -106,9 +115,9 @@ def test_the_axis_says_which_data_the_loss_is_of(frontier: Frontier) -> None:
 def test_loss_of_zero_has_a_place_on_the_log_axis(frontier: Frontier) -> None:
     first, *others = frontier.candidates
     lossless = replace(first, metrics={"loss": 0.0})
-    figure = frontier_figures(replace(frontier, candidates=(lossless, *others)))["avg_bits"]
-    assert min(y for trace in figure["data"] for y in trace["y"]) > 0
-    json.dumps(figure, allow_nan=False)
+    document = chart_document(replace(frontier, candidates=(lossless, *others)))
+    assert min(document["points"]["loss"]) > 0
+    json.dumps(document, allow_nan=False)
 
 
 def test_verdicts(frontier: Frontier) -> None:
@@ -238,23 +247,46 @@ def test_running_and_failed_searches_have_pages(client: TestClient, engine: Engi
     assert "Too little &lt;data&gt;" in page
     running, held = examples.claimed_search(engine)
     progress(engine, held, "sensitivity", 3, 36)
-    add_event(engine, running, "notice", {"message": "the pooler <is> skipped"})
+    tell(engine, held, "notice", {"message": "the pooler <is> skipped"}, "notice")
     page = client.get(f"/searches/{running}").text
-    assert 'data-live="true"' in page
-    assert "sensitivity: 3 of 36" in page
+    assert f'hx-sse:connect="/v1/searches/{running}/events?after=' in page
+    assert "<strong>Sensitivities</strong>, 3 of 36" in page
     assert "the pooler &lt;is&gt; skipped" in page
     assert "3 < 64" not in client.get("/").text
+
+
+def test_the_page_and_the_document_say_what_was_reused_and_resumed(client: TestClient, engine: Engine) -> None:
+    search, held = examples.claimed_search(engine)
+    assert client.get(f"/v1/searches/{search}").json()["work"] is None
+    release(engine, held)
+    again = claim(engine, "test-worker", examples.LEASE)
+    assert again is not None
+    succeed(engine, again, {"computed": 21, "reused": 3, "reused_from": [7, 5]})
+    document = client.get(f"/v1/searches/{search}").json()
+    assert document["work"] == {"computed": 21, "reused": 3, "reused_from": [7, 5]}
+    assert document["attempt"] == 2
+    page = client.get(f"/searches/{search}").text
+    told = '21 results computed, 3 reused from search <a href="/searches/7">7</a> and <a href="/searches/5">5</a>'
+    assert told in page
+    assert "resumed after a worker stopped" in page
 
 
 def test_a_search_too_small_for_a_rank_correlation_has_a_page(client: TestClient, engine: Engine) -> None:
     search, held = examples.claimed_search(engine)
     succeed(engine, held, {"agreement": {"kl": {"spearman": None, "points": 1}}})
-    page = client.get(f"/searches/{search}")
-    assert page.status_code == 200
-    assert "too few points" in page.text
+    assert client.get(f"/searches/{search}").status_code == 200
+    assert "too few points" in client.get(f"/searches/{search}/sensitivities").text
 
 
 def test_scripts_are_cached_and_nothing_else_is_served(client: TestClient) -> None:
     assert "immutable" in client.get("/static/plotly.min.js").headers["cache-control"]
     for name in ("..%2Fapp.py", "mark.txt", "bitfrontier.css%00"):
         assert client.get(f"/static/{name}").status_code == 404
+
+
+def test_the_list_reads_all_its_candidates_at_once(client: TestClient, engine: Engine, queries: list[str]) -> None:
+    for _ in range(2):
+        examples.finished_search(engine)
+    del queries[:]
+    assert client.get("/").status_code == 200
+    assert len([query for query in queries if "FROM candidates" in query]) == 1

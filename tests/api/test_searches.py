@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from db.searches import get_search
 from search.metrics import METRICS
@@ -30,6 +30,20 @@ def test_idempotency_key_gives_the_same_search_once(client: TestClient, engine: 
     other = client.post("/v1/searches", json=examples.REQUEST | {"budgets": {"avg_bits": 6}}, headers=headers)
     assert (other.status_code, other.json()["field"]) == (422, "Idempotency-Key")
     assert len(client.get("/v1/searches").json()["searches"]) == 1
+
+
+def test_a_repeated_request_is_not_looked_into_again(client: TestClient, engine: Engine) -> None:
+    examples.store_model(engine)
+    headers = {"Idempotency-Key": "once"}
+    first = client.post("/v1/searches", json=examples.REQUEST, headers=headers)
+    with engine.begin() as connection:
+        connection.execute(text("DELETE FROM models"))
+    again = client.post("/v1/searches", json=examples.REQUEST, headers=headers)
+    assert (again.status_code, again.json()["id"]) == (202, first.json()["id"])
+    assert again.headers["location"] == first.headers["location"]
+    assert client.post("/v1/searches", json=examples.REQUEST, headers={"Idempotency-Key": "new"}).status_code == 422
+    other = client.post("/v1/searches", json=examples.REQUEST | {"budgets": {"avg_bits": 6}}, headers=headers)
+    assert other.json()["field"] == "Idempotency-Key"
 
 
 def test_unregistered_name_is_refused_with_the_registered_ones(client: TestClient, engine: Engine) -> None:
@@ -131,7 +145,7 @@ def test_catalog(client: TestClient, engine: Engine) -> None:
     four = next(scheme for scheme in schemes["examples"] if scheme["scheme"] == "w4a16g64")
     assert four["bits_per_weight"] == 4.25
     targets = client.get("/v1/targets").json()
-    assert {"generic", "vllm"} == {target["name"] for target in targets["targets"]}
+    assert {"generic", "llama.cpp", "onnxruntime", "vllm"} == {target["name"] for target in targets["targets"]}
     assert {"json", "vllm"} <= {export["name"] for export in targets["exports"]}
 
 

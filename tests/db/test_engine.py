@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import Engine, make_url, text
 from sqlalchemy.exc import OperationalError
@@ -20,9 +24,16 @@ import db.engine
 from db import embedded
 from db.engine import connect, data_directory, database_url, migrate, to_json
 from db.errors import DatabaseUnavailable
+from db.events import events_after
+from db.results import Stored, get_results
 from db.searches import Search, create_search, get_search
 from db.tables import Base
-from tests.db.conftest import request_for
+from search.errors import InvalidRequest
+from search.request import SearchRequest
+from tests.aside import PATIENCE, aside, results, wait_until
+from tests.db.conftest import postmaster, request_for
+
+pytestmark = pytest.mark.long
 
 
 def test_the_migrated_schema_is_that_of_the_tables(engine: Engine) -> None:
@@ -42,12 +53,77 @@ def test_three_processes_migrate_at_once(engine: Engine, postgres_url: str) -> N
     url = make_url(postgres_url).set(database="fresh").render_as_string(hide_password=False)
     script = "import sys; from db.engine import connect, migrate; migrate(connect(sys.argv[1]))"
     processes = [subprocess.Popen([sys.executable, "-c", script, url]) for _ in range(3)]
-    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert [process.wait(PATIENCE) for process in processes] == [0, 0, 0]
     fresh = connect(url)
     with fresh.connect() as connection:
-        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all() == ["0002"]
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all() == ["0003"]
     migrate(fresh)
     fresh.dispose()
+
+
+def test_an_upgrade_keeps_what_the_release_before_stored(postgres_url: str) -> None:
+    old = connect(make_url(postgres_url).set(database="postgres").render_as_string(hide_password=False))
+    with old.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("CREATE DATABASE old"))
+    old.dispose()
+    old = connect(make_url(postgres_url).set(database="old").render_as_string(hide_password=False))
+    config = Config()
+    config.set_main_option("script_location", "db:migrations")
+    with old.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+        connection.execute(
+            text(
+                "INSERT INTO searches (request, model, target, idempotency_key, body_digest)"
+                " VALUES (:request, 'minilm', 'generic', 'k', :digest)"
+            ),
+            {"request": json.dumps(request_for().model_dump(mode="json")), "digest": digest_of(request_for())},
+        )
+        connection.execute(text("INSERT INTO events (search_id, kind, data) VALUES (1, 'state', '{}'), (1, 'x', '{}')"))
+        connection.execute(text("INSERT INTO results (key, kind, value, seconds) VALUES ('r', 'probe', '7', 1)"))
+    migrate(old)
+    assert create_search(old, request_for(), idempotency_key="k") == (get_search(old, 1), False)
+    assert len(events_after(old, 1, 0)) == 2
+    assert get_results(old, ["r"]) == {"r": Stored(7, None)}
+    with old.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0002")
+    migrate(old)
+    assert get_search(old, 1).model == "minilm"
+    old.dispose()
+
+
+class TestConnections:
+    def test_who_finds_all_in_use_is_told_in_seconds(self, monkeypatch: pytest.MonkeyPatch, postgres_url: str) -> None:
+        monkeypatch.setenv("BITFRONTIER_DATABASE_CONNECTIONS", "1")
+        monkeypatch.setattr(db.engine, "POOL_SECONDS", 0.2)
+        engine = connect(postgres_url)
+        with engine.connect(), pytest.raises(DatabaseUnavailable, match="all 1 connections"):
+            engine.connect()
+        engine.connect().close()
+        engine.dispose()
+
+    @pytest.mark.parametrize("given", ["0", "-1", "many", ""])
+    def test_a_number_that_is_none_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch, postgres_url: str, given: str
+    ) -> None:
+        monkeypatch.setenv("BITFRONTIER_DATABASE_CONNECTIONS", given)
+        with pytest.raises(InvalidRequest, match="BITFRONTIER_DATABASE_CONNECTIONS"):
+            connect(postgres_url)
+
+    @pytest.mark.parametrize("options", [None, "-c search_path=public,optuna"])
+    def test_a_statement_that_takes_too_long_is_ended(self, postgres_url: str, options: str | None) -> None:
+        url = make_url(postgres_url).update_query_dict({"options": options} if options else {})
+        address = url.render_as_string(hide_password=False)
+        engine = connect(address, statement_timeout=0.2, application_name="slow")
+        with engine.connect() as connection:
+            assert connection.execute(text("SHOW application_name")).scalar() == "slow"
+            assert connection.execute(text("SHOW search_path")).scalar() == (
+                "public,optuna" if options else '"$user", public'
+            )
+            with pytest.raises(OperationalError, match="statement timeout"):
+                connection.execute(text("SELECT pg_sleep(30)"))
+        engine.dispose()
 
 
 class TestAddress:
@@ -118,23 +194,41 @@ class TestEmbedded:
         again.dispose()
         engine.dispose()
 
+    def test_a_server_that_is_still_dying_is_not_taken_for_a_live_one(self, folder: Path) -> None:
+        for _ in range(8):
+            host = embedded.start(folder).query["host"]
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(f"{host}/.s.PGSQL.5432")
+            os.kill(postmaster(folder), signal.SIGKILL)
+
+    def test_what_a_killed_server_leaves_running_is_waited_for(self, folder: Path) -> None:
+        engine = connect()
+        with engine.connect() as connection:
+            child = psutil.Process(connection.scalar(text("SELECT pg_backend_pid()")))
+            child.suspend()
+            os.kill(postmaster(folder), signal.SIGKILL)
+            started = aside(embedded.start, folder)
+            wait_until(lambda: "still in use" in (folder / "log").read_text())
+            assert not started.done()
+            child.resume()
+            started.result(PATIENCE)
+            connection.invalidate()
+        engine.dispose()
+
+    def test_the_reason_is_the_servers_own(self, folder: Path) -> None:
+        connect().dispose()
+        embedded.leave(folder)
+        settings = folder / "postgresql.conf"
+        right = settings.read_text()
+        settings.write_text("max_connections = none\n")
+        with pytest.raises(DatabaseUnavailable, match="configuration file"):
+            embedded.start(folder)
+        settings.write_text(right)
+
     def test_many_threads_that_find_it_dead_start_one(self, folder: Path) -> None:
         connect().dispose()
         os.kill(postmaster(folder), signal.SIGKILL)
-        failures: list[Exception] = []
-
-        def enter() -> None:
-            try:
-                connect().dispose()
-            except DatabaseUnavailable as failure:
-                failures.append(failure)
-
-        threads = [threading.Thread(target=enter) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert failures == []
+        results([aside(lambda: connect().dispose()) for _ in range(6)])
 
     def test_a_stranger_with_the_number_of_the_server_is_no_server(self, folder: Path) -> None:
         connect().dispose()
@@ -198,16 +292,17 @@ class Process:
         assert self.process.stdout.readline() == "in\n"
 
     def leave(self) -> None:
-        self.process.communicate(timeout=30)
+        self.process.communicate(timeout=PATIENCE)
         assert self.process.returncode == 0
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.communicate(timeout=30)
+        self.process.communicate(timeout=PATIENCE)
 
 
-def postmaster(folder: Path) -> int:
-    return int((folder / "postmaster.pid").read_text().splitlines()[0])
+def digest_of(request: SearchRequest) -> str:
+    """As the release before stored it."""
+    return hashlib.sha256(json.dumps(request.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def is_running(pid: int) -> bool:
@@ -215,8 +310,8 @@ def is_running(pid: int) -> bool:
 
 
 def patiently(read: Callable[[], Search]) -> Search:
-    """The value of `read`, tried for ten seconds: a server that recovers refuses connections meanwhile."""
-    deadline = time.monotonic() + 10
+    """The value of `read`, tried for a while: a server that recovers refuses connections meanwhile."""
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             return read()

@@ -1,6 +1,5 @@
 """Stored latency profiles: nothing that was measured is lost, and the last measured comes first."""
 
-import threading
 from dataclasses import replace
 from itertools import islice
 
@@ -11,6 +10,7 @@ from db.latency import get_profile, latency_of, list_profiles, put_profile
 from search.errors import InvalidRequest
 from search.latency_profile import LatencyProfile
 from search.request import SearchRequest
+from tests.aside import aside, results
 from tests.search.profiles import DEVICE, profile_of
 from tests.search.spaces import decoder
 
@@ -42,11 +42,7 @@ def test_what_is_measured_later_is_added_and_replaces_what_was_measured_before(e
 
 
 def test_processes_that_measure_at_once_lose_nothing(engine: Engine) -> None:
-    threads = [threading.Thread(target=put_profile, args=(engine, part)) for part in parts(PROFILE, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    results([aside(put_profile, engine, part) for part in parts(PROFILE, 1)])
     found = get_profile(engine, PROFILE.key)
     assert found is not None
     assert found.times == PROFILE.times

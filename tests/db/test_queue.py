@@ -1,36 +1,25 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import threading
-import time
-from collections import Counter
 from collections.abc import Callable
-from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
-from sqlalchemy.dialects import postgresql
+from sqlalchemy import Engine
 
-from db import queue
-from db.engine import connect
-from db.events import events_after
+from db import queue, tallies
+from db.candidates import put_candidates
+from db.events import end_stage, events_after, tell
 from db.queue import Claim, LeaseLost
 from db.searches import Search, create_search, get_search, set_summary
 from search.errors import NotFound
-from tests.db.conftest import request_for
+from tests.aside import aside, results
+from tests.db.conftest import LEASE, request_for, taken
 
-LEASE = timedelta(seconds=30)
 OUT_OF_MEMORY = {"type": "urn:bitfrontier:problem:test", "title": "T", "status": 500, "detail": "out of memory"}
 
 Expire = Callable[[int], None]
-
-
-def taken(engine: Engine, owner: str = "one") -> Claim:
-    claim = queue.claim(engine, owner, LEASE)
-    assert claim is not None
-    return claim
 
 
 def states(engine: Engine, search_id: int) -> list[str]:
@@ -45,12 +34,6 @@ def drain(engine: Engine, owner: str) -> list[int]:
     return mine
 
 
-def drain_process(url: str, owner: str, finished: Any) -> None:
-    engine = connect(url)
-    finished.put(drain(engine, owner))
-    engine.dispose()
-
-
 def test_a_claim_runs_the_search(engine: Engine, queued: Search) -> None:
     claim = taken(engine, "me")
     assert claim == Claim(queued.id, 1, "me")
@@ -63,42 +46,23 @@ def test_a_claim_runs_the_search(engine: Engine, queued: Search) -> None:
 
 
 def test_the_highest_priority_then_the_oldest(engine: Engine) -> None:
-    ids = [create_search(engine, request_for())[0].id for _ in range(3)]
-    with engine.begin() as connection:
-        connection.execute(text("UPDATE searches SET priority = 1 WHERE id = :id"), {"id": ids[2]})
-    assert [taken(engine).search_id for _ in range(3)] == [ids[2], ids[0], ids[1]]
+    ids = [create_search(engine, request_for(), priority=priority)[0].id for priority in (0, -1, 0, 5)]
+    assert [taken(engine).search_id for _ in range(4)] == [ids[3], ids[0], ids[2], ids[1]]
 
 
 def test_four_threads_lose_and_double_nothing(engine: Engine) -> None:
     ids = [create_search(engine, request_for())[0].id for _ in range(60)]
-    finished: list[int] = []
-    threads = [
-        threading.Thread(target=lambda owner=f"thread {n}": finished.extend(drain(engine, owner))) for n in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(finished) == ids
+    finished = results([aside(drain, engine, f"thread {n}") for n in range(4)])
+    assert sorted(chain(*finished)) == ids
     assert all(states(engine, search_id) == ["queued", "running", "succeeded"] for search_id in ids)
-
-
-def test_four_processes_lose_and_double_nothing(engine: Engine, postgres_url: str) -> None:
-    ids = [create_search(engine, request_for())[0].id for _ in range(60)]
-    spawn = multiprocessing.get_context("spawn")
-    finished = spawn.Queue()
-    processes = [spawn.Process(target=drain_process, args=(postgres_url, f"process {n}", finished)) for n in range(4)]
-    for process in processes:
-        process.start()
-    counts = Counter(search_id for _ in processes for search_id in finished.get(timeout=60))
-    for process in processes:
-        process.join()
-    assert counts == Counter(ids)
 
 
 WRITES: dict[str, Callable[[Engine, Claim], Any]] = {
     "heartbeat": lambda engine, claim: queue.heartbeat(engine, claim, LEASE),
     "progress": lambda engine, claim: queue.progress(engine, claim, "measure", 1, 2),
+    "tell": lambda engine, claim: tell(engine, claim, "notice", {}, "once"),
+    "end_stage": lambda engine, claim: end_stage(engine, claim, "measure", 1.5, {"probe": 2}, "once"),
+    "put_candidates": lambda engine, claim: put_candidates(engine, claim, []),
     "set_summary": lambda engine, claim: set_summary(engine, claim, {}),
     "succeed": lambda engine, claim: queue.succeed(engine, claim, {}),
     "fail": lambda engine, claim: queue.fail(engine, claim, OUT_OF_MEMORY),
@@ -121,6 +85,47 @@ def test_a_successor_shuts_out_the_worker_before(
         write(engine, stale)
     assert (get_search(engine, queued.id), events_after(engine, queued.id, 0)) == before
     write(engine, current)
+
+
+FINAL: dict[str, Callable[[Engine, Claim], Any]] = {name: WRITES[name] for name in ("succeed", "fail", "cancelled")}
+
+
+@pytest.mark.parametrize("finish", FINAL.values(), ids=FINAL)
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_nothing_follows_the_final_state(
+    engine: Engine, claim: Claim, finish: Callable[[Engine, Claim], Any], write: Callable[[Engine, Claim], Any]
+) -> None:
+    finish(engine, claim)
+    before = get_search(engine, claim.search_id), events_after(engine, claim.search_id, 0), tallies.read(engine)
+    with pytest.raises(LeaseLost):
+        write(engine, claim)
+    queue.cancel(engine, claim.search_id)
+    assert queue.claim(engine, "two", LEASE) is None
+    assert before == (
+        get_search(engine, claim.search_id),
+        events_after(engine, claim.search_id, 0),
+        tallies.read(engine),
+    )
+    assert before[1][-1].data == {"state": before[0].state}
+
+
+class TestRecover:
+    def test_a_claim_whose_answer_was_lost_is_found_by_its_owner(self, engine: Engine, claim: Claim) -> None:
+        assert queue.recover(engine, claim.owner) == claim
+        assert queue.recover(engine, "two") is None
+
+    def test_a_claim_whose_lease_ran_out_is_still_his_until_it_is_taken(
+        self, engine: Engine, claim: Claim, expire: Expire
+    ) -> None:
+        expire(claim.search_id)
+        assert queue.recover(engine, claim.owner) == claim
+        taken(engine, "two")
+        assert queue.recover(engine, claim.owner) is None
+
+    @pytest.mark.parametrize("end", ["succeed", "fail", "cancelled", "release"])
+    def test_what_has_ended_is_nobodys(self, engine: Engine, claim: Claim, end: str) -> None:
+        WRITES[end](engine, claim)
+        assert queue.recover(engine, claim.owner) is None
 
 
 def test_a_late_heartbeat_keeps_a_search_that_nobody_took(engine: Engine, queued: Search, expire: Expire) -> None:
@@ -169,6 +174,20 @@ def test_progress_is_a_row_and_an_event(engine: Engine, queued: Search) -> None:
     search = get_search(engine, queued.id)
     assert (search.stage, search.done, search.total) == ("measure", 3, 20)
     assert events_after(engine, queued.id, 0)[-1].data == {"stage": "measure", "done": 3, "total": 20}
+
+
+def test_progress_that_was_said_last_is_not_said_again(engine: Engine, claim: Claim) -> None:
+    for done in (0, 1, 1, 0, 1):
+        queue.progress(engine, claim, "measure", done, 1)
+    told = [event.data["done"] for event in events_after(engine, claim.search_id, 0) if event.kind == "progress"]
+    assert told == [0, 1, 0, 1]
+
+
+def test_a_new_attempt_says_its_progress_from_the_start(engine: Engine, claim: Claim) -> None:
+    queue.progress(engine, claim, "profile", 0, 1)
+    queue.release(engine, claim)
+    queue.progress(engine, taken(engine), "profile", 0, 1)
+    assert [event.kind for event in events_after(engine, claim.search_id, 0)].count("progress") == 2
 
 
 def test_success_keeps_the_summary_and_drops_the_last_error(engine: Engine, queued: Search) -> None:
@@ -245,51 +264,3 @@ class TestCancel:
     def test_an_unknown_search_is_not_found(self, engine: Engine) -> None:
         with pytest.raises(NotFound):
             queue.cancel(engine, 17)
-
-
-class TestWait:
-    def test_ends_at_the_timeout(self, engine: Engine) -> None:
-        begun = time.monotonic()
-        queue.wait(engine, 0.3)
-        assert 0.25 < time.monotonic() - begun < 2
-
-    def test_ends_at_once_when_a_search_is_due(self, engine: Engine, queued: Search) -> None:
-        begun = time.monotonic()
-        queue.wait(engine, 20)
-        assert time.monotonic() - begun < 5
-
-    def test_ends_when_a_search_is_queued(self, engine: Engine) -> None:
-        timer = threading.Timer(0.3, create_search, (engine, request_for()))
-        begun = time.monotonic()
-        timer.start()
-        queue.wait(engine, 20)
-        assert 0.25 < time.monotonic() - begun < 5
-        timer.join()
-
-    def test_many_who_wait_leave_the_pool_to_others(self, engine: Engine) -> None:
-        waiting = [threading.Thread(target=queue.wait, args=(engine, 2)) for _ in range(25)]
-        for thread in waiting:
-            thread.start()
-        time.sleep(0.5)
-        begun = time.monotonic()
-        assert queue.claim(engine, "one", LEASE) is None
-        assert time.monotonic() - begun < 1
-        for thread in waiting:
-            thread.join()
-
-
-def test_the_claim_reads_its_index(engine: Engine) -> None:
-    with engine.begin() as connection:
-        connection.execute(
-            text(
-                "INSERT INTO searches (state, request, model, target, priority, lease_until) SELECT"
-                " (ARRAY['succeeded', 'failed', 'cancelled', 'queued', 'running'])[least(1 + n % 50, 5)],"
-                " '{}', 'm', 't', n % 3, now() + interval '1 minute' FROM generate_series(1, 5000) n"
-            )
-        )
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text("ANALYZE searches"))
-        statement = queue.next_runnable().compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})
-        plan = "\n".join(connection.execute(text(f"EXPLAIN {statement}")).scalars())
-    assert "Index Scan using searches_unfinished" in plan, plan
-    assert "Sort" not in plan, plan

@@ -1,30 +1,27 @@
 from __future__ import annotations
 
 import math
-import threading
-import time
 from dataclasses import replace
-from datetime import timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError
 
 from db import queue
-from db.candidates import candidates, put_candidates
+from db.candidates import Group, allocations, best_and_uniform, candidate, candidates, put_candidates
 from db.errors import IdempotencyMismatch
-from db.events import add_event, events_after, wait_for_event
+from db.events import events_after, tell
 from db.models import get_model, list_models, put_model
 from db.queue import Claim, LeaseLost
-from db.results import get_results, put_result
+from db.results import Stored, get_results, put_result
 from db.searches import Search, create_search, get_search, list_searches, set_summary
 from search.candidate import Candidate
 from search.errors import NotFound
 from search.inventory import Inventory, Layer
 from search.request import SearchRequest
-from tests.db.conftest import request_for
-
-LEASE = timedelta(seconds=30)
+from tests.aside import aside, results
+from tests.db.conftest import LEASE, request_for, taken
 
 
 class TestSearches:
@@ -57,19 +54,6 @@ class TestSearches:
         assert refusal.value.problem()["status"] == 422
         assert len(list_searches(engine, limit=10)) == 1
 
-    def test_a_key_used_by_many_at_once_gives_one_search(self, engine: Engine) -> None:
-        made: list[tuple[Search, bool]] = []
-        threads = [
-            threading.Thread(target=lambda: made.append(create_search(engine, request_for(), idempotency_key="k")))
-            for _ in range(8)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len({search.id for search, _ in made}) == 1
-        assert sum(created for _, created in made) == 1
-
     def test_pages_follow_one_another(self, engine: Engine) -> None:
         ids = [create_search(engine, request_for())[0].id for _ in range(7)]
         seen: list[int] = []
@@ -87,6 +71,17 @@ class TestSearches:
         assert [search.id for search in list_searches(engine, limit=9, model="a")] == [a]
         assert [search.id for search in list_searches(engine, limit=9, state="queued")] == [b]
         assert list_searches(engine, limit=9, state="queued", model="a") == []
+
+    def test_a_list_has_of_requests_and_summaries_what_it_shows(self, engine: Engine, queued: Search) -> None:
+        (listed,) = list_searches(engine, limit=9)
+        assert listed.summary is None
+        assert listed.request == {"budgets": queued.request["budgets"], "optimizer": {"objective": "loss"}}
+        claim = queue.claim(engine, "me", LEASE)
+        assert claim is not None
+        told = {"computed": 3, "reused": 4, "reused_from": [1], "axes": ["size_bytes"]}
+        set_summary(engine, claim, told | {"units": [{"name": "a"}]})
+        (listed,) = list_searches(engine, limit=9)
+        assert listed == replace(get_search(engine, queued.id), request=listed.request, summary=told)
 
     def test_an_unknown_search_is_not_found(self, engine: Engine) -> None:
         with pytest.raises(NotFound, match="17"):
@@ -106,87 +101,83 @@ class TestSearches:
 
 
 class TestEvents:
-    def test_reading_resumes_after_an_id(self, engine: Engine, queued: Search) -> None:
-        other = create_search(engine, request_for())[0]
+    @pytest.fixture
+    def other(self, engine: Engine, claim: Claim) -> Claim:
+        """A claim on another search."""
+        create_search(engine, request_for())
+        return taken(engine)
+
+    def test_reading_resumes_after_an_id(self, engine: Engine, claim: Claim, other: Claim) -> None:
         for number in range(5):
-            add_event(engine, queued.id, "notice", {"message": number})
-            add_event(engine, other.id, "notice", {"message": -1})
-        first = events_after(engine, queued.id, 0, limit=3)
-        rest = events_after(engine, queued.id, first[-1].id)
-        assert [event.data.get("message") for event in first + rest] == [None, 0, 1, 2, 3, 4]
-        assert events_after(engine, queued.id, rest[-1].id) == []
+            tell(engine, claim, "notice", {"message": number}, str(number))
+            tell(engine, other, "notice", {"message": -1}, str(number))
+        first = events_after(engine, claim.search_id, 0, limit=4)
+        rest = events_after(engine, claim.search_id, first[-1].id)
+        assert [event.data.get("message") for event in first + rest] == [None, None, 0, 1, 2, 3, 4]
+        assert events_after(engine, claim.search_id, rest[-1].id) == []
 
-    def test_ids_become_visible_in_order(self, engine: Engine, queued: Search) -> None:
+    def test_under_a_key_one_thing_is_told_once_to_each_search(
+        self, engine: Engine, claim: Claim, other: Claim
+    ) -> None:
+        assert tell(engine, claim, "notice", {"message": "first"}, "k")
+        assert not tell(engine, claim, "notice", {"message": "second"}, "k")
+        assert tell(engine, other, "notice", {"message": "first"}, "k")
+        told = [event.data for event in events_after(engine, claim.search_id, 0) if event.kind == "notice"]
+        assert told == [{"message": "first"}]
+
+    def test_the_next_attempt_does_not_say_it_again(self, engine: Engine, claim: Claim) -> None:
+        tell(engine, claim, "measured", {"number": 1}, "measured:1")
+        queue.release(engine, claim)
+        assert not tell(engine, taken(engine), "measured", {"number": 1}, "measured:1")
+
+    def test_ids_become_visible_in_order(self, engine: Engine, claim: Claim) -> None:
         seen: list[int] = []
-        writers = [
-            threading.Thread(target=lambda: [add_event(engine, queued.id, "notice", {}) for _ in range(25)])
-            for _ in range(4)
-        ]
-        for writer in writers:
-            writer.start()
-        while len(seen) < 101:
-            seen += [event.id for event in events_after(engine, queued.id, seen[-1] if seen else 0)]
-            assert seen or all(writer.is_alive() for writer in writers)
-            time.sleep(0.001)
-            if not any(writer.is_alive() for writer in writers):
-                seen += [event.id for event in events_after(engine, queued.id, seen[-1])]
-                break
-        for writer in writers:
-            writer.join()
-        assert seen == [event.id for event in events_after(engine, queued.id, 0)]
-        assert len(seen) == 101
 
-    def test_no_event_without_a_search(self, engine: Engine) -> None:
-        with pytest.raises(NotFound):
-            add_event(engine, 17, "notice", {})
+        def write(name: int) -> None:
+            for number in range(25):
+                tell(engine, claim, "notice", {}, f"{name} {number}")
+                tell(engine, claim, "notice", {}, f"all {number}")
 
-    def test_waiting_ends_at_an_event_of_this_search_only(self, engine: Engine, queued: Search) -> None:
-        other = create_search(engine, request_for())[0]
-        timers = [
-            threading.Timer(0.2, add_event, (engine, other.id, "notice", {})),
-            threading.Timer(0.8, add_event, (engine, queued.id, "notice", {})),
-        ]
-        begun = time.monotonic()
-        for timer in timers:
-            timer.start()
-        wait_for_event(engine, queued.id, 20)
-        assert 0.7 < time.monotonic() - begun < 5
-        for timer in timers:
-            timer.join()
+        def read() -> list[int]:
+            return [event.id for event in events_after(engine, claim.search_id, seen[-1] if seen else 0)]
 
-    def test_waiting_ends_at_once_for_an_event_that_came_before(self, engine: Engine, queued: Search) -> None:
-        last = events_after(engine, queued.id, 0)[-1].id
-        add_event(engine, queued.id, "notice", {})
-        begun = time.monotonic()
-        wait_for_event(engine, queued.id, 20, after=last)
-        assert time.monotonic() - begun < 5
-
-    def test_waiting_ends_at_the_timeout(self, engine: Engine, queued: Search) -> None:
-        begun = time.monotonic()
-        wait_for_event(engine, queued.id, 0.3, after=events_after(engine, queued.id, 0)[-1].id)
-        assert 0.25 < time.monotonic() - begun < 2
+        writers = [aside(write, name) for name in range(4)]
+        while not all(writer.done() for writer in writers):
+            seen += read()
+        results(writers)
+        seen += read()
+        assert seen == [event.id for event in events_after(engine, claim.search_id, 0)]
+        assert len(seen) == 2 + 4 * 25 + 25
 
 
 class TestResults:
-    def test_the_first_value_stays(self, engine: Engine) -> None:
-        put_result(engine, "k", "measurement", {"loss": 0.5}, 1.5)
-        put_result(engine, "k", "measurement", {"loss": 0.7}, 2.5)
-        assert get_results(engine, ["k", "missing"]) == {"k": {"loss": 0.5}}
+    def test_the_first_value_stays_with_the_search_that_computed_it(self, engine: Engine, queued: Search) -> None:
+        other = create_search(engine, request_for())[0]
+        assert put_result(engine, "k", "measurement", {"loss": 0.5}, 1.5, queued.id)
+        assert not put_result(engine, "k", "measurement", {"loss": 0.7}, 2.5, other.id)
+        assert get_results(engine, ["k", "missing"]) == {"k": Stored({"loss": 0.5}, queued.id)}
+
+    def test_it_outlives_that_search(self, engine: Engine, queued: Search) -> None:
+        put_result(engine, "k", "probe", 7, 0.0, queued.id)
+        with engine.begin() as connection:
+            connection.execute(text("DELETE FROM searches"))
+        assert get_results(engine, ["k"]) == {"k": Stored(7, None)}
 
     def test_many_keys_and_none(self, engine: Engine) -> None:
         for number in range(3):
-            put_result(engine, f"k{number}", "probe", number, 0.0)
-        assert get_results(engine, [f"k{number}" for number in range(70_000)]) == {"k0": 0, "k1": 1, "k2": 2}
+            put_result(engine, f"k{number}", "probe", number, 0.0, None)
+        found = get_results(engine, [f"k{number}" for number in range(70_000)])
+        assert {key: stored.value for key, stored in found.items()} == {"k0": 0, "k1": 1, "k2": 2}
         assert get_results(engine, []) == {}
 
     def test_floats_come_back_to_the_bit(self, engine: Engine) -> None:
         values = [0.1, 1e-300, 123456789012345.6, 2.0**-1074, 1 / 3]
-        put_result(engine, "k", "sensitivity", {"values": [values, [None]]}, 0.0)
-        assert get_results(engine, ["k"])["k"] == {"values": [values, [None]]}
+        put_result(engine, "k", "sensitivity", {"values": [values, [None]]}, 0.0, None)
+        assert get_results(engine, ["k"])["k"].value == {"values": [values, [None]]}
 
     def test_nan_is_refused(self, engine: Engine) -> None:
         with pytest.raises(ValueError, match="neither NaN nor Infinity"):
-            put_result(engine, "k", "probe", {"values": [math.nan]}, 0.0)
+            put_result(engine, "k", "probe", {"values": [math.nan]}, 0.0, None)
         assert get_results(engine, ["k"]) == {}
 
 
@@ -201,12 +192,6 @@ class TestCandidates:
     )
     SECOND = replace(FIRST, number=1, source="ilp", metrics={"loss": 0.125}, fits=True, on_frontier=True)
 
-    @pytest.fixture
-    def claim(self, engine: Engine, queued: Search) -> Claim:
-        claim = queue.claim(engine, "me", LEASE)
-        assert claim is not None
-        return claim
-
     def test_they_come_back_by_number(self, engine: Engine, claim: Claim) -> None:
         put_candidates(engine, claim, [self.SECOND, self.FIRST])
         assert candidates(engine, claim.search_id) == [self.FIRST, self.SECOND]
@@ -219,6 +204,66 @@ class TestCandidates:
         assert candidates(engine, claim.search_id) == [changed, third]
         put_candidates(engine, claim, [])
         assert candidates(engine, claim.search_id) == []
+
+    def test_only_what_differs_from_what_was_stored_is_written(self, engine: Engine, claim: Claim) -> None:
+        third = replace(self.FIRST, number=2)
+        before = [self.FIRST, self.SECOND, third]
+        put_candidates(engine, claim, before)
+        untouched = self.versions(engine)[0]
+        after = [self.FIRST, replace(self.SECOND, fits=False), replace(self.FIRST, number=3)]
+        for _ in range(2):
+            put_candidates(engine, claim, after, before)
+            assert candidates(engine, claim.search_id) == after
+        versions = self.versions(engine)
+        assert versions[0] == untouched
+        put_candidates(engine, claim, list(after), after)
+        assert self.versions(engine) == versions, "nothing new, nothing written"
+        put_candidates(engine, claim, [], after)
+        assert candidates(engine, claim.search_id) == []
+
+    def test_what_an_attempt_before_has_stored_is_replaced(self, engine: Engine, claim: Claim) -> None:
+        put_candidates(engine, claim, [self.FIRST, self.SECOND])
+        queue.release(engine, claim)
+        again = taken(engine)
+        put_candidates(engine, again, [self.SECOND])
+        assert candidates(engine, claim.search_id) == [self.SECOND]
+
+    @staticmethod
+    def versions(engine: Engine) -> list[Any]:
+        """What Postgres has written each candidate in, by number."""
+        with engine.connect() as connection:
+            return [
+                tuple(row) for row in connection.execute(text("SELECT number, xmin FROM candidates ORDER BY number"))
+            ]
+
+    def test_allocations_are_read_where_they_are_asked_for(self, engine: Engine, claim: Claim) -> None:
+        put_candidates(engine, claim, [self.FIRST, self.SECOND])
+        bare = [replace(one, allocation={}) for one in (self.FIRST, self.SECOND)]
+        assert candidates(engine, claim.search_id, allocations=False) == bare
+        assert allocations(engine, claim.search_id, [1, 7]) == {1: self.SECOND.allocation}
+        assert candidate(engine, claim.search_id, 1) == self.SECOND
+        assert candidate(engine, claim.search_id, 7) is None
+
+    def test_the_best_is_found_without_reading_the_others(self, engine: Engine, claim: Claim) -> None:
+        def measured(number: int, loss: float, bits: float, **about: Any) -> Candidate:
+            measured_loss, costs = {"loss": loss}, {"avg_bits": bits}
+            return replace(self.SECOND, number=number, metrics=measured_loss, costs=costs, allocation={}, **about)
+
+        uniform = measured(0, 9.0, 9.0, source="uniform", fits=False)
+        cheap, good, same, over = (
+            measured(1, 2.0, 3.0), measured(2, 1e-5, 4.0), measured(3, 1e-5, 3.5), measured(4, 0.0, 9.0, fits=False)
+        )  # fmt: skip
+        unmeasured = replace(self.FIRST, number=5, fits=True)
+        put_candidates(engine, claim, [uniform, cheap, good, same, over, unmeasured])
+        loss: tuple[Group, str] = ("metrics", "loss")
+        bits: tuple[Group, str] = ("costs", "avg_bits")
+        create_search(engine, request_for())
+        other = queue.claim(engine, "me", LEASE)
+        assert other is not None
+        put_candidates(engine, other, [uniform, cheap, good, same])
+        found = best_and_uniform(engine, {claim.search_id: [loss, bits], other.search_id: [bits, loss], 99: [loss]})
+        assert found == {claim.search_id: [uniform, same], other.search_id: [uniform, cheap], 99: []}
+        assert best_and_uniform(engine, {}) == {}
 
     def test_other_searches_keep_theirs(self, engine: Engine, claim: Claim) -> None:
         create_search(engine, request_for())

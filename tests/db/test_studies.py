@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import optuna
@@ -17,6 +16,7 @@ from db.studies import SCHEMA, dashboard_url, delete_study, study_name, study_st
 from search.cost import cost_tables
 from search.evolution import Evolution
 from search.variation import Choice
+from tests.aside import aside, results
 from tests.search.spaces import decoder, space
 
 MODEL = decoder(blocks=2)
@@ -49,8 +49,7 @@ def test_optunas_tables_have_a_schema_of_their_own(engine: Engine) -> None:
 
 
 def test_processes_that_start_together_create_the_tables_once(engine: Engine) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        storages = list(pool.map(study_storage, [engine] * 4))
+    storages = results([aside(study_storage, engine) for _ in range(4)])
     assert all(optuna.get_all_study_names(storage) == [] for storage in storages)
 
 

@@ -16,6 +16,8 @@ from search.surrogate import Features
 from search.sweep import Choice, Sweep
 from tests.search.spaces import decoder, space
 
+pytestmark = pytest.mark.long
+
 MODEL = decoder(blocks=1)
 SPACE = space(MODEL, "generic", schemes=("w2a16g32", "w3a16g32", "w4a16g32", "w8a16g32"))
 COSTS = cost_tables(SPACE, MODEL)

@@ -5,6 +5,8 @@ from pydantic import ValidationError
 
 from search.errors import InvalidRequest
 from search.request import SearchRequest
+from search.scheme import Scheme
+from search.targets import TARGETS, Target
 
 
 def ask(**changes: object) -> SearchRequest:
@@ -52,11 +54,33 @@ def test_schemes_are_sorted_and_named_once() -> None:
         {"space": {"ignore": ["a\x00b"]}},
         {"optimizer": {"evaluations": 0}},
         {"colour": "blue"},
+        {"budgets": {"avg_bits": "5"}},
+        {"budgets": {"avg_bits": True}},
+        {"budgets": {"avg_bits": 10**400}},
+        {"budgets": {"limits": {"*": {"size_mb": "5"}}}},
+        {"calibration": {"samples": "32"}},
+        {"calibration": {"samples": True}},
+        {"calibration": {"samples": 32.5}},
+        {"calibration": {"seed": 2**64}},
+        {"calibration": {"dataset": "images/../../secret"}},
+        {"calibration": {"dataset": "images//more"}},
+        {"calibration": {"dataset": "images/.hidden"}},
+        {"optimizer": {"points": False}},
+        {"space": {"granularity": "channels", "channels": "64"}},
+        {"latency": {"profile": "x", "tokens": "8"}},
+        {"space": {"ignore": ["x"] * 1001}},
+        {"space": {"pin": {"\ud800": "w4a16"}}},
     ],
 )
 def test_what_is_not_accepted_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         ask(**changes)
+
+
+def test_whole_numbers_and_data_sets_in_folders_are_accepted() -> None:
+    request = ask(budgets={"avg_bits": 5}, calibration={"dataset": "org/a-b_c.d/part/", "samples": 4096})
+    assert request.budgets.avg_bits == 5.0
+    assert request.calibration.dataset == "org/a-b_c.d/part/"
 
 
 def test_a_cost_is_sought_only_below_a_limit_on_the_loss() -> None:
@@ -105,3 +129,13 @@ def test_a_metric_of_whole_layers_says_which_metrics_see_groups_of_channels(metr
     assert {"fisher", "kl", "hessian_trace", "weight_mse", "size"} <= set(others)
     assert ask(space=groups, sensitivity=others).sensitivity == tuple(others)
     assert ask(space={"granularity": "block"}, sensitivity=[metric]).sensitivity == (metric,)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_schemes_that_are_left_out_are_those_of_the_target(target: Target) -> None:
+    request = SearchRequest.model_validate({"model": "m", "target": target.name, "budgets": {"avg_bits": 5}})
+    assert request.space.schemes == target.default_schemes
+    assert not any(target.refuses_scheme(Scheme.parse(text)) for text in request.space.schemes)
+    assert SearchRequest.model_validate(request.model_dump(mode="json")) == request
+    named = {"model": "m", "target": target.name, "budgets": {"avg_bits": 5}, "space": {"schemes": ["w8a16g32"]}}
+    assert SearchRequest.model_validate(named).space.schemes == ("w8a16g32",)

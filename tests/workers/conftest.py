@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from db.models import put_model
 from tests import models
-from workers.__main__ import Worker
+from tests.workers.searching import working
 from workers.models import LoadedModel, load_model
+from workers.worker import Worker
 
 ModelFolder = Callable[[str], Path]
 Loader = Callable[[str], LoadedModel]
@@ -61,10 +61,26 @@ def datasets_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def digits(engine: Engine, model_folder: Callable[[str], Path], datasets_folder: Path) -> Engine:
+def digits(engine: Engine, model_folder: ModelFolder, datasets_folder: Path) -> Engine:
     """An engine with the digits ViT registered, and held-out digits in the data sets folder."""
+    return _with_digits(engine, model_folder, datasets_folder)
+
+
+@pytest.fixture(scope="module")
+def lasting_digits(
+    own_engine: Engine, model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    """As `digits`; what was searched stays for the module's next test."""
+    data = tmp_path_factory.mktemp("lasting")
+    (data / "datasets").mkdir()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("BITFRONTIER_DATA", str(data))
+        yield _with_digits(own_engine, model_folder, data / "datasets")
+
+
+def _with_digits(engine: Engine, model_folder: ModelFolder, datasets: Path) -> Engine:
     images, labels = models.digits_arrays()
-    np.savez(datasets_folder / "digits.npz", images=images[-models.HELD_OUT :], labels=labels[-models.HELD_OUT :])
+    np.savez(datasets / "digits.npz", images=images[-models.HELD_OUT :], labels=labels[-models.HELD_OUT :])
     put_model(engine, "digits-vit", str(model_folder("digits_vit")), None)
     return engine
 
@@ -90,9 +106,5 @@ def worker(digits: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
     """A worker at work in a thread."""
     monkeypatch.setenv("BITFRONTIER_POOL", "inprocess")
     worker = Worker(digits)
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    yield worker
-    worker.stop()
-    thread.join(30)
-    assert not thread.is_alive()
+    with working(worker):
+        yield worker

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 from PIL import Image
 
 from search.errors import InvalidCalibration
+from workers import datasets
 from workers.datasets import Images, Texts, load
 
 
@@ -131,6 +135,91 @@ def _load_offline(name: str, cache: Path) -> str:
     done = subprocess.run([sys.executable, "-c", program, name], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+class TestBounds:
+    """Nothing outside of the folder is read, and nothing unpacks to more than may be read."""
+
+    @pytest.mark.parametrize("file", ["b.txt", "deep/b.jsonl", "b.png"])
+    def test_a_link_out_of_the_folder_is_not_followed(self, datasets_folder: Path, file: str) -> None:
+        secret = datasets_folder.parent / f"secret{Path(file).suffix}"
+        secret.write_text('"secret"')
+        (datasets_folder / "library" / "deep").mkdir(parents=True)
+        (datasets_folder / "library" / file).symlink_to(secret)
+        assert "is a link out of the data sets folder" in refusal("library")
+
+    def test_a_link_within_it_is(self, datasets_folder: Path) -> None:
+        (datasets_folder / "book.txt").write_text("words")
+        (datasets_folder / "library").mkdir()
+        (datasets_folder / "library" / "b.txt").symlink_to(datasets_folder / "book.txt")
+        assert load("library") == Texts(["words"])
+
+    @pytest.mark.parametrize(
+        "name", ["http://host/data", "file:///etc/passwd", "org/../name", ".hidden", "a\nb", "a b"]
+    )
+    def test_no_address_is_asked_for(self, datasets_folder: Path, name: str) -> None:
+        assert "there is no data set" in refusal(name)
+
+    @pytest.mark.parametrize("file", ["book.txt", "lines.jsonl", "table.parquet"])
+    def test_text_that_is_too_long(self, datasets_folder: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(datasets, "MOST_BYTES", 1000)
+        if file.endswith("parquet"):
+            # Packed, ten thousand times the same takes a few hundred bytes.
+            pd.DataFrame({"text": ["again " * 1000]}).to_parquet(datasets_folder / file)
+        else:
+            (datasets_folder / file).write_text("x" * 1001)
+        assert "MB; at most 0 MB are read" in refusal(file)
+
+    def test_a_folder_counts_as_a_whole(self, datasets_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(datasets, "MOST_BYTES", 1000)
+        (datasets_folder / "library").mkdir()
+        for letter in "abc":
+            (datasets_folder / "library" / f"{letter}.txt").write_text(letter * 400)
+        assert "'c.txt' cannot be read: it unpacks to" in refusal("library")
+
+    def test_rows_without_end(self, datasets_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(datasets, "MOST_ROWS", 9)
+        pd.DataFrame({"text": ["same"] * 10}).to_parquet(datasets_folder / "table.parquet")
+        assert "it has 10 rows; at most 9 are read" in refusal("table")
+
+    @pytest.mark.parametrize("name", ["bomb.npz", "bomb.npy"])
+    def test_arrays_that_unpack_to_more_than_is_read(
+        self, datasets_folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(datasets, "MOST_ARRAY_BYTES", 10**6)
+        np.savez_compressed(datasets_folder / "bomb.npz", images=np.zeros((1, 1, 1000, 1000), dtype=np.float64))
+        assert (datasets_folder / "bomb.npz").stat().st_size < 10**5
+        # NumPy tells an archive by its content, not by its name.
+        (datasets_folder / "bomb.npz").rename(datasets_folder / name)
+        assert "it unpacks to 8 MB; at most 1 MB are read" in refusal(name)
+
+    def test_an_array_that_claims_more_than_it_has(self, datasets_folder: Path) -> None:
+        head = b"{'descr': '<f8', 'fortran_order': False, 'shape': (9999999, 9999999, 9, 9), }\n"
+        with zipfile.ZipFile(datasets_folder / "claims.npz", "w") as archive:
+            archive.writestr("images.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head)
+        assert "'claims.npz' cannot be read" in refusal("claims")
+
+    def test_a_picture_of_too_many_pixels(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        picture(tmp_path / "bomb.png", 0)
+        assert datasets.open_image(tmp_path / "bomb.png", grey=False).shape == (4, 6, 3)
+        monkeypatch.setattr(datasets, "MOST_PIXELS", 23)
+        with pytest.raises(ValueError, match="6 × 4 pixels; at most 23"):
+            datasets.open_image(tmp_path / "bomb.png", grey=False)
+
+    def test_a_picture_that_claims_billions_of_pixels(self, tmp_path: Path) -> None:
+        picture(tmp_path / "bomb.png", 0)
+        content = bytearray((tmp_path / "bomb.png").read_bytes())
+        content[16:24] = struct.pack(">II", 60_000, 60_000)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+        (tmp_path / "bomb.png").write_bytes(content)
+        with pytest.raises(ValueError, match="exceeds limit"):
+            datasets.open_image(tmp_path / "bomb.png", grey=False)
+
+    def test_a_picture_of_another_kind_than_its_ending(self, tmp_path: Path) -> None:
+        Image.new("RGB", (6, 4)).save(tmp_path / "page.eps")
+        (tmp_path / "page.eps").rename(tmp_path / "page.png")
+        with pytest.raises(ValueError, match="cannot identify"):
+            datasets.open_image(tmp_path / "page.png", grey=False)
 
 
 class TestRefusals:

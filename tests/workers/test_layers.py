@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
-from search.inventory import Layer
+from search.candidate import Candidate
+from search.exports import EXPORTS, Exported, refusal
+from search.inventory import Inventory, Layer
 from tests import models
 from tests.workers.conftest import Loader
 from workers.calibration import one_item
@@ -121,13 +126,34 @@ def test_embeddings_multiply_nothing(loaded: Loader) -> None:
 def test_gpt2_is_seen_as_outputs_by_inputs_with_its_head_an_alias(loaded: Loader) -> None:
     layers = layers_of(loaded, "tiny_gpt2")
     attention = layers["transformer.h.0.attn.c_attn"]
-    assert (attention.kind, attention.rows, attention.columns) == ("linear", 3 * 64, 64)
+    assert (attention.kind, attention.rows, attention.columns, attention.transposed) == ("linear", 3 * 64, 64, True)
     tied = layers["transformer.wte"]
     assert tied.aliases == ("lm_head",)
     assert tied.kind == "embedding"
     # What the head multiplies for one token.
     assert tied.macs == tied.rows * tied.columns
     assert "lm_head" not in layers
+
+
+def test_the_first_gpt_has_transposed_layers_that_only_our_own_formats_carry() -> None:
+    config = OpenAIGPTConfig(vocab_size=96, n_positions=8, n_embd=32, n_layer=1, n_head=2)
+    found = enumerated(OpenAIGPTLMHeadModel(config), torch.zeros(1, 1, dtype=torch.long))
+    layers = tuple(weighted.layer for weighted in found.values())
+    known = Inventory("0" * 64, "OpenAIGPTLMHeadModel", "causal-lm", 1, layers)
+    assert Inventory.from_json(json.loads(json.dumps(known.to_json()))) == known
+    linear = [layer for layer in layers if layer.kind == "linear"]
+    assert len(linear) == 4
+    assert all(layer.transposed for layer in linear)
+    point = Candidate(1, "ilp", "8 bits", {layer.name: "w8a16" for layer in linear}, {}, {}, {})
+    refused = {name for name in EXPORTS if refusal(name, Exported("gpt", known, "generic", "mse", point))}
+    assert refused == EXPORTS.keys() - {"json", "csv"}
+
+
+def test_an_inventory_without_the_mark_of_transposed_layers_is_read() -> None:
+    known = Inventory("0" * 64, "LlamaForCausalLM", "causal-lm", 1, (Layer("fc", "linear", 7, 3),))
+    document = known.to_json()
+    del document["layers"][0]["transposed"]
+    assert Inventory.from_json(document) == known
 
 
 def test_fused_experts_are_two_layers_of_which_the_chosen_experts_work(loaded: Loader) -> None:
@@ -162,7 +188,7 @@ def test_fused_experts_are_two_layers_of_which_the_chosen_experts_work(loaded: L
 )
 def test_matrix_and_weight_are_inverse(kind: str, shape: tuple[int, ...], transposed: bool) -> None:
     parameter = nn.Parameter(torch.randn(shape))
-    weighted = WeightedLayer(Layer("x", kind, 0, 0), nn.Module(), parameter, transposed)  # type: ignore[arg-type]
+    weighted = WeightedLayer(Layer("x", kind, 0, 0, transposed=transposed), nn.Module(), parameter)  # type: ignore[arg-type]
     matrix = weighted.matrix(parameter)
     assert torch.equal(weighted.unmatrix(matrix), parameter)
     assert weighted.unmatrix(matrix).is_contiguous()
@@ -193,7 +219,8 @@ def test_a_weight_that_is_used_without_its_layer_is_found() -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_part_is_some_output_channels_of_a_layer_and_writes_to_no_others(transposed: bool) -> None:
     weight = torch.randn(3, 7) if transposed else torch.randn(7, 3)
-    layers = Layers({"fc": WeightedLayer(Layer("fc", "linear", 7, 3), nn.Identity(), nn.Parameter(weight), transposed)})
+    layer = Layer("fc", "linear", 7, 3, transposed=transposed)
+    layers = Layers({"fc": WeightedLayer(layer, nn.Identity(), nn.Parameter(weight))})
     whole, part = layers["fc"], layers["fc[2:5]"]
     rows = whole.matrix(weight)
     assert torch.equal(part.matrix(part.weight), rows[2:5])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -119,6 +120,18 @@ class TestLoading:
         assert len(inventory.layers) == 30 * 7 + 1
         assert inventory.layers[0].aliases == ("lm_head",)
 
+    def test_half_precision_is_that_of_the_library(self, model_folder: ModelFolder) -> None:
+        """Weights are halved; what is computed when a model is made, like rotary frequencies, is not."""
+        folder = model_folder("tiny_llama")
+        ours = load_model(str(folder), CPU, "bfloat16").model
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        assert {name: tensor.dtype for name, tensor in ours.named_buffers()} == {
+            name: tensor.dtype for name, tensor in theirs.named_buffers()
+        }
+        tokens = torch.arange(24)[None] % 50
+        with torch.no_grad():
+            assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
     @pytest.mark.parametrize(
         ("config", "pooling"),
         [
@@ -183,6 +196,12 @@ def incomplete(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def without_numbers(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 def without_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -228,9 +247,26 @@ class TestRefusals:
             (incomplete, "lacks 1 of its model's tensors, model.layers.1.mlp.up_proj.weight"),
             (lambda folder: edit(folder / "config.json", intermediate_size=64), "cannot be loaded"),
             (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-            (lambda folder: (folder / "config.json").write_text("{"), "configuration of spoiled cannot be read"),
+            (lambda folder: (folder / "config.json").write_text("{"), "config.json of spoiled cannot be read"),
+            (lambda folder: (folder / "config.json").write_text("[" * 99_999), "config.json of spoiled cannot be read"),
+            (lambda folder: (folder / "config.json").write_text("[1]"), "it is no JSON object"),
             (lambda folder: edit(folder / "config.json", model_type="mystery"), "mystery"),
-            (with_code_of_its_own, "custom code"),
+            (lambda folder: edit(folder / "config.json", num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
+            (lambda folder: edit(folder / "config.json", num_labels=10**9), "num_labels is 1000000000"),
+            (lambda folder: edit(folder / "config.json", hidden_size=2**20), "its configuration describes"),
+            (with_code_of_its_own, "asks for code of its own (auto_map in config.json)"),
+            (
+                lambda folder: edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.T", None]}),
+                "asks for code of its own (auto_map in tokenizer_config.json)",
+            ),
+            (
+                lambda folder: edit(folder / "config.json", attn_implementation="org/attention"),
+                "asks for code of its own (attn_implementation in config.json)",
+            ),
+            (without_numbers, "1 of the tensors of spoiled hold values that are not finite, model.norm.weight among"),
+            (lambda folder: torch.save({"a": torch.ones(2)}, folder / "model.safetensors"), "it is a zip archive"),
+            (lambda folder: (folder / "model.safetensors").write_bytes(pickle.dumps({"a": 1})), "it is a pickle"),
+            (lambda folder: (folder / "model.safetensors").write_bytes(b""), "it is empty"),
             (
                 lambda folder: edit(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
                 "quantized already",
@@ -257,11 +293,11 @@ class TestRefusals:
         # Where a model lies on the server is nobody's business.
         assert str(copied.parent) not in json.dumps(problem["value"])
 
-    @pytest.mark.parametrize("content", [b"NOPE", b"GGUF" + bytes(64), b""])
-    def test_a_damaged_gguf_file(self, tmp_path: Path, content: bytes) -> None:
-        (tmp_path / "broken.gguf").write_bytes(content)
-        with pytest.raises(UnsupportedModel, match=r"broken\.gguf cannot be loaded"):
-            load_model(str(tmp_path / "broken.gguf"), CPU)
+    def test_beside_safetensors_a_pickle_is_not_read(self, copied: Path, loaded: Loader) -> None:
+        (copied / "pytorch_model.bin").write_bytes(b"not even a pickle")
+        (copied / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+        (copied / "code.py").write_text("raise SystemExit('code ran')")
+        assert load_model(str(copied), CPU).digest == loaded("tiny_llama").digest
 
     @pytest.mark.parametrize("source", ["org/no-such-model", "/no/such/folder", "weights.bin"])
     def test_what_is_nowhere(self, source: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from sqlalchemy import Engine
 from torch import Tensor
 
+from db.candidates import candidates
 from db.results import get_results
 from db.searches import get_search
 from search.errors import UnsupportedModel
@@ -16,11 +17,14 @@ from search.metrics import METRICS
 from search.scheme import Scheme
 from search.space import Space, Unit
 from tests import models
+from tests.aside import wait_until
 from tests.search import spaces
-from tests.workers.test_pipeline import ask, wait_for, work
-from workers.__main__ import Worker
+from tests.workers.searching import SCHEMES, ask, work
 from workers.sensitivity import Entry, Table
 from workers.tables import check_result, with_idle_units_noted
+from workers.worker import Worker
+
+pytestmark = pytest.mark.long
 
 
 def overflow_when_rounded(weights: dict[str, Tensor]) -> None:
@@ -41,8 +45,8 @@ def save_some(folder: Path, images: np.ndarray) -> None:
 def failed_at_once(engine: Engine, **changes: object) -> dict[str, object]:
     """The problem of a search that a worker gives up at the first attempt."""
     search = ask(engine, calibration=SOME, **changes)
-    wait_for(lambda: get_search(engine, search.id).state != "queued")
-    wait_for(lambda: get_search(engine, search.id).state != "running")
+    wait_until(lambda: get_search(engine, search.id).state != "queued")
+    wait_until(lambda: get_search(engine, search.id).state != "running")
     done = get_search(engine, search.id)
     assert (done.state, done.attempt) == ("failed", 1), done.error
     assert done.error is not None
@@ -162,7 +166,9 @@ class TestUnitsThatCostNothing:
 
         changed(cut)
         asked = ["kl", "fisher", "higgs", "lrp", "gradient", "weight_mse", "size"]
-        search = ask(digits, model="changed", sensitivity=asked, optimizer={"points": 2, "evaluations": 8})
+        small = {"dataset": "digits", "samples": 16}
+        few = {"method": "ilp", "points": 2, "evaluations": 6}
+        search = ask(digits, model="changed", calibration=small, sensitivity=asked, optimizer=few)
         work(digits)
         summary = get_search(digits, search.id).summary
         assert summary is not None
@@ -170,6 +176,23 @@ class TestUnitsThatCostNothing:
         for name in asked[:-2]:
             (note,) = notes[name]
             assert "vit.layers.0.mlp.fc1, vit.layers.0.mlp.fc2: the loss does not depend on them" in note, name
-            table = get_results(digits, [summary["tables"][name]])[summary["tables"][name]]
+            table = get_results(digits, [summary["tables"][name]])[summary["tables"][name]].value
             assert note in table["notes"]
         assert notes["weight_mse"] == notes["size"] == []
+
+
+def test_every_metric_serves_a_search(digits: Engine) -> None:
+    """All tables are stored and read back, all corrected by the baselines, and all propose and are judged."""
+    asked = [name for name in METRICS if name != "pqi_single"]
+    small = {"dataset": "digits", "samples": 16}
+    search = ask(digits, calibration=small, sensitivity=asked, optimizer={"points": 2, "evaluations": 8})
+    work(digits)
+    done = get_search(digits, search.id)
+    assert done.state == "succeeded"
+    assert done.summary is not None
+    assert set(done.summary["tables"]) == set(asked)
+    assert set(done.summary["agreement"]) == set(asked)
+    tables = get_results(digits, list(done.summary["tables"].values()))
+    for name, key in done.summary["tables"].items():
+        assert Table.from_json(tables[key].value).values.shape == (len(done.summary["units"]), len(SCHEMES)), name
+    assert all(set(one.predicted) == set(asked) for one in candidates(digits, search.id))

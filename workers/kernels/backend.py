@@ -149,9 +149,15 @@ def deploys(device: torch.device) -> bool:
         return able != ["reference"]
     reason = _named(name, VARIABLE).device_refusal(device)
     if reason is not None:
-        detail = f"{name} cannot multiply on {device}: {reason}"
+        detail = f"{VARIABLE}: {name} cannot multiply on {device}: {reason}"
         raise KernelError(detail, field=VARIABLE, value=name, accepted=able)
     return True
+
+
+def check_named() -> None:
+    """Raise KernelError where BITFRONTIER_KERNELS names no backend."""
+    if name := os.environ.get(VARIABLE):
+        _named(name, VARIABLE)
 
 
 def _named(name: str, field: str) -> Backend:

@@ -17,7 +17,7 @@ from workers.kernels.backend import INPUT_TYPES, matmul, matmul_codes
 from workers.kernels.errors import KernelError
 from workers.kernels.pack import Packed, check_scheme, check_shape, pack
 from workers.kernels.reference import quantize_activations
-from workers.quantizers import Grid, choose_grid, round_to_grid
+from workers.quantizers import Grid, choose_grid, codes_on_grid
 
 
 class QuantLinear(nn.Module):
@@ -189,14 +189,11 @@ def refusal(module: nn.Module, scheme: Scheme) -> str | None:
 
 
 def pack_rounded(matrix: Tensor, scheme: Scheme, grid: Grid | str) -> Packed:
-    """The codes that `quantizers.round_to_grid` stands for, packed; `grid` may name the quantizer that chooses it."""
+    """The codes of `quantizers.codes_on_grid`, packed; `grid` may name the quantizer that chooses it."""
     matrix = matrix.detach().float().contiguous()
     if isinstance(grid, str):
         grid = choose_grid(matrix, scheme, grid)
-    # In float32 a rounded weight is its code times its scale exactly, and so is the way back.
-    rounded = round_to_grid(matrix, grid, scheme).view(*grid.scale.shape[:2], -1)
-    codes = (rounded / grid.scale).round().to(torch.int8)
-    return pack(codes.view(matrix.shape), grid.scale.squeeze(-1).contiguous(), scheme)
+    return pack(codes_on_grid(matrix, grid, scheme), grid.scale.squeeze(-1).contiguous(), scheme)
 
 
 def _packed(module: nn.Module, scheme: Scheme, grid: Grid | str) -> Packed:

@@ -4,6 +4,6 @@ A quantizer is called with the weight as rows × groups × group size (float) an
 """
 
 from workers.quantizers import mse, rtn
-from workers.quantizers.grid import QUANTIZERS, Grid, choose_grid, round_to_grid
+from workers.quantizers.grid import QUANTIZERS, Grid, choose_grid, codes_on_grid, round_to_grid
 
-__all__ = ["QUANTIZERS", "Grid", "choose_grid", "mse", "round_to_grid", "rtn"]
+__all__ = ["QUANTIZERS", "Grid", "choose_grid", "codes_on_grid", "mse", "round_to_grid", "rtn"]

@@ -51,13 +51,16 @@ def round_to_grid(matrix: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
     return round_groups(grouped, grid, scheme.weight_bits).reshape(matrix.shape).to(matrix.dtype)
 
 
+def codes_on_grid(matrix: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+    """The codes of what `round_to_grid` gives: rows × columns, int8."""
+    codes = _group_codes(_grouped(matrix, scheme).float(), grid, scheme.weight_bits)
+    return codes.reshape(matrix.shape).to(torch.int8)
+
+
 def round_groups(grouped: Tensor, grid: Grid, bits: int) -> Tensor:
     """Round rows × groups × size values to the nearest point of the grid."""
-    codes = grouped / grid.scale
-    if grid.zero_point is None:
-        return codes.round_().clamp_(*code_range(bits)).mul_(grid.scale)
-    codes.round_().add_(grid.zero_point).clamp_(*code_range(bits))
-    return codes.sub_(grid.zero_point).mul_(grid.scale)
+    codes = _group_codes(grouped, grid, bits)
+    return (codes if grid.zero_point is None else codes.sub_(grid.zero_point)).mul_(grid.scale)
 
 
 def code_range(bits: int) -> tuple[int, int]:
@@ -84,6 +87,13 @@ def grid_between(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
 def _stored(scale: Tensor) -> Tensor:
     """As a checkpoint keeps it, in 16 bits; a group of zeros takes the smallest scale."""
     return scale.clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max).to(torch.float16).float()
+
+
+def _group_codes(grouped: Tensor, grid: Grid, bits: int) -> Tensor:
+    codes = (grouped / grid.scale).round_()
+    if grid.zero_point is not None:
+        codes.add_(grid.zero_point)
+    return codes.clamp_(*code_range(bits))
 
 
 def _grouped(matrix: Tensor, scheme: Scheme) -> Tensor:

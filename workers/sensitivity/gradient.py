@@ -112,8 +112,11 @@ class _Scores:
         self._evaluator = evaluator
         self.count = count
         self.samples = slice(0, count)
-        zeros = torch.zeros(2, count, dtype=torch.float64, device=evaluator.loaded.device)
-        self._found = {name: {text: zeros.clone() for text in schemes} for name, schemes in layers.items()}
+        self._found = {
+            name: {text: torch.zeros(2, count, dtype=torch.float64, device=device) for text in schemes}
+            for name, schemes in layers.items()
+            for device in [evaluator.layers[name].parameter.device]
+        }
 
     def visit_output(self, name: str, x: Tensor, gradient: Tensor) -> None:
         module = self._user(name, x)

@@ -32,6 +32,7 @@ from search.space import Space, Unit
 from workers.calibration import Batch
 from workers.evaluator import Evaluator, token_dims
 from workers.loss import gradient
+from workers.sensitivity.accumulators import zeros_for
 from workers.sensitivity.backward import micro_batches_of_split
 from workers.sensitivity.path import Path
 from workers.sensitivity.table import Entry, Subject, Table, metric
@@ -344,14 +345,9 @@ class _Walk:
         self._evaluator = evaluator
         self._item = item
         self._path = Path(evaluator, item["layers"], Scheme.parse(item["scheme"]))
-        weights = [evaluator.layers[name].weight for name in item["layers"]]
-        # One piece of memory, taken when it is first written to: many of them would leave holes between them.
-        sizes = [weight.numel() for weight in weights]
-        parts = torch.zeros(sum(sizes), device=evaluator.loaded.device).split(sizes)  # type: ignore[no-untyped-call]
-        self._gradients = {
-            name: part.view(weight.shape) for name, part, weight in zip(item["layers"], parts, weights, strict=True)
-        }
-        self._features = {name: torch.zeros(1, device=evaluator.loaded.device) for name in item["layers"]}
+        weights = {name: evaluator.layers[name].weight for name in item["layers"]}
+        self._gradients = zeros_for(weights)
+        self._features = {name: torch.zeros(1, device=weight.device) for name, weight in weights.items()}
         self._width = 0.0
 
     @torch.no_grad()

@@ -30,6 +30,7 @@ from workers.calibration import Batch, sample_count
 from workers.evaluator import Evaluator, token_dims
 from workers.loss import score
 from workers.quantizers.activation import round_activation
+from workers.sensitivity.accumulators import zeros_for
 from workers.sensitivity.backward import LARGE, gradient_scale, is_large, micro_batches_of_split, shards, visiting
 from workers.sensitivity.rounding import weight_only
 from workers.sensitivity.table import Subject
@@ -184,11 +185,7 @@ class _Fisher:
 
     def __init__(self, evaluator: Evaluator, item: Item, sizes: Sequence[int]) -> None:
         self._evaluator, self._item, self._sizes = evaluator, item, sizes
-        # In one piece, which is given back whole: small ones would leave gaps between gradients that come and go.
-        shapes = {name: evaluator.layers[name].weight.shape for name in item["weights"]}
-        lengths = [shape.numel() for shape in shapes.values()]
-        pieces = torch.split(torch.zeros(sum(lengths), device=evaluator.loaded.device), lengths)
-        self._squares = {name: piece.view(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
+        self._squares = zeros_for({name: evaluator.layers[name].weight for name in item["weights"]})
         self._inputs = _zeros(item["inputs"], len(sizes), "a")
 
     def weight(self, at: int, name: str, gradient: Tensor, scale: float) -> None:

@@ -13,9 +13,16 @@ from workers.kernels.emulator.build import Emulated
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Emulated]:
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where what was compiled is kept from run to run, in pytest's cache, under a digest of all that it was made of."""
+    if not request.config.pluginmanager.has_plugin("cacheprovider"):
+        return tmp_path_factory.mktemp("kernels")
+    return request.config.cache.mkdir("kernels")  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="session")
+def emulated(kept: Path) -> Callable[[str], Emulated]:
     """Compiles a program for the emulator, once."""
     if shutil.which("g++") is None:
         pytest.skip("no g++: the kernels were NOT run")
-    cache: Path = tmp_path_factory.mktemp("emulator")
-    return functools.cache(lambda text: Emulated(text, cache))
+    return functools.cache(lambda text: Emulated(text, kept))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import multiprocessing
+import pickle
 import re
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
-from itertools import cycle, product
+from contextlib import nullcontext
+from itertools import cycle, islice, product, repeat
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,21 @@ import torch
 
 from search.scheme import Scheme
 from workers.kernels.catalogue import NATIVE_INT4, Kernel, decode, dequantise, prefill, program, quantise
-from workers.kernels.compile import ARCHITECTURES, SOURCES, Compiled, compile_source, inlined, key, load_module, options
+from workers.kernels.compile import (
+    ARCHITECTURES,
+    SOURCES,
+    Compiled,
+    compile_source,
+    inlined,
+    key,
+    load_module,
+    options,
+    write_at_once,
+)
 from workers.kernels.errors import KernelError
 from workers.kernels.pack import GROUP_SIZES, WEIGHT_BITS
+
+pytestmark = pytest.mark.long
 
 pytest.importorskip("cupy", reason="no CuPy: nothing was compiled for GPUs")
 
@@ -25,13 +39,24 @@ HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (*HALVES, torch.float32)
 
 ONE = Scheme(6, 8)
+WHOLE = ("sm_80", "sm_90a")
+"""For these every kernel is compiled: for the first, and for the one with instructions of its own. For those between,
+which have the first's, kernels of every number of bits and every group size are, and all of them in a slow test."""
 
 
-def prefills(architecture: str) -> list[Kernel]:
-    """Of every scheme the kernel; the types of results in turn."""
+def schemes(architecture: str, activation_bits: int, whole: bool) -> list[Scheme]:
+    pairs = product(WEIGHT_BITS, GROUP_SIZES)
+    if not whole and architecture not in WHOLE:
+        # Each architecture pairs them in another way.
+        turn = ARCHITECTURES.index(architecture)
+        pairs = zip(WEIGHT_BITS, islice(cycle(GROUP_SIZES), turn, None), strict=False)
+    return [Scheme(bits, activation_bits, group) for bits, group in pairs]
+
+
+def prefills(architecture: str, whole: bool) -> list[Kernel]:
+    """The types of results in turn."""
     outs = cycle(FLOATS)
-    schemes = [Scheme(bits, 8, group) for bits, group in product(WEIGHT_BITS, GROUP_SIZES)]
-    kernels: list[Kernel] = [prefill(scheme, architecture, next(outs)) for scheme in schemes]
+    kernels: list[Kernel] = [prefill(one, architecture, next(outs)) for one in schemes(architecture, 8, whole)]
     if architecture in NATIVE_INT4:
         kernels += [prefill(Scheme(4, 4, group), architecture, next(outs)) for group in (None, 64, 128)]
     if architecture == "sm_90a":
@@ -39,33 +64,50 @@ def prefills(architecture: str) -> list[Kernel]:
     return kernels
 
 
-def decodes_of_codes(architecture: str) -> list[Kernel]:
+def decodes_of_codes(architecture: str, whole: bool) -> list[Kernel]:
     outs = cycle(FLOATS)
-    return [decode(Scheme(*scheme), torch.int8, next(outs)) for scheme in product(WEIGHT_BITS, (8,), GROUP_SIZES)]
+    return [decode(one, torch.int8, next(outs)) for one in schemes(architecture, 8, whole)]
 
 
-def decodes_of_floats(architecture: str) -> list[Kernel]:
+def decodes_of_floats(architecture: str, whole: bool) -> list[Kernel]:
     """The two types in turn, and on the next architecture the other for the same scheme."""
     types = cycle(HALVES if ARCHITECTURES.index(architecture) % 2 else HALVES[::-1])
-    schemes = [Scheme(*scheme) for scheme in product(WEIGHT_BITS, (16,), GROUP_SIZES)]
-    return [decode(scheme, kind, kind) for scheme, kind in zip(schemes, types, strict=False)]
+    return [decode(one, kind, kind) for one, kind in zip(schemes(architecture, 16, whole), types, strict=False)]
 
 
-def others(architecture: str) -> list[Kernel]:
+def others(architecture: str, whole: bool) -> list[Kernel]:
     types = cycle(HALVES)
-    kernels = [dequantise(Scheme(*scheme), next(types)) for scheme in product(WEIGHT_BITS, (16,), GROUP_SIZES)]
+    kernels = [dequantise(one, next(types)) for one in schemes(architecture, 16, whole)]
     return kernels + [quantise(layout, kind) for layout, kind in product(("ROWS", "TILES", "NIBBLES"), FLOATS)]
 
 
+def compile_once(text: str, architecture: str, kept: Path) -> Compiled:
+    file = kept / key(text, architecture)
+    if not file.exists():
+        write_at_once(file, pickle.dumps(compile_source(text, architecture)))
+    made: Compiled = pickle.loads(file.read_bytes())
+    return made
+
+
+Programs = dict[tuple[str, str], tuple[list[Kernel], Compiled]]
+
+
 @pytest.fixture(scope="module")
-def compiled() -> dict[tuple[str, str], tuple[list[Kernel], Compiled]]:
-    """All programs, by architecture and kind of kernel. In processes: in one, NVRTC compiles one at a time."""
+def compiled(kept: Path) -> Programs:
+    return compile_all(kept, whole=False)
+
+
+def compile_all(kept: Path, whole: bool) -> Programs:
+    """The programs by architecture and kind of kernel. In processes: in one, NVRTC compiles one at a time."""
     kinds = {made.__name__: made for made in (prefills, decodes_of_codes, decodes_of_floats, others)}
     # The longest first.
-    jobs = {(architecture, kind): kinds[kind](architecture) for kind in kinds for architecture in ARCHITECTURES[::-1]}
+    jobs = {
+        (architecture, kind): kinds[kind](architecture, whole) for kind in kinds for architecture in ARCHITECTURES[::-1]
+    }
     texts, architectures = [program(kernels) for kernels in jobs.values()], [architecture for architecture, _ in jobs]
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        made = pool.map(compile_source, texts, architectures)
+    missing = not all((kept / key(*asked)).exists() for asked in zip(texts, architectures, strict=True))
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) if missing else nullcontext() as pool:
+        made = (pool.map if pool else map)(compile_once, texts, architectures, repeat(kept))
         return {job: (jobs[job], each) for job, each in zip(jobs, made, strict=True)}
 
 
@@ -86,22 +128,26 @@ def instructions(nvdisasm: Path, cubin: bytes, folder: Path) -> dict[str, list[s
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_kernel_keeps_its_values_in_registers(
-    compiled: dict[tuple[str, str], tuple[list[Kernel], Compiled]], architecture: str
-) -> None:
-    for (of, _), (kernels, made) in compiled.items():
-        if of == architecture:
-            assert set(made.resources) == {kernel.name for kernel in kernels}
-            spilled = {name: used for name, used in made.resources.items() if used.spill_bytes or used.stack_bytes}
-            assert spilled == {}
+def test_every_kernel_keeps_its_values_in_registers(compiled: Programs, architecture: str) -> None:
+    assert_sound({job: made for job, made in compiled.items() if job[0] == architecture})
 
 
-def test_ptxas_warns_of_nothing(compiled: dict[tuple[str, str], tuple[list[Kernel], Compiled]]) -> None:
-    assert {job: made.warnings for job, (_, made) in compiled.items() if made.warnings} == {}
+@pytest.mark.slow
+def test_every_kernel_of_every_architecture_keeps_its_values_in_registers(kept: Path) -> None:
+    assert_sound(compile_all(kept, whole=True))
+
+
+def assert_sound(programs: Programs) -> None:
+    """No kernel spills, and ptxas warns of nothing."""
+    assert programs
+    for job, (kernels, made) in programs.items():
+        assert set(made.resources) == {kernel.name for kernel in kernels}, job
+        spilled = {name: used for name, used in made.resources.items() if used.spill_bytes or used.stack_bytes}
+        assert (spilled, made.warnings) == ({}, ()), job
 
 
 def test_on_hopper_prefill_multiplies_by_asynchronous_warpgroup_instructions(
-    compiled: dict[tuple[str, str], tuple[list[Kernel], Compiled]], nvdisasm: Path, tmp_path: Path
+    compiled: Programs, nvdisasm: Path, tmp_path: Path
 ) -> None:
     kernels, made = compiled["sm_90a", "prefills"]
     sass = instructions(nvdisasm, made.cubin, tmp_path)
@@ -115,9 +161,7 @@ def test_on_hopper_prefill_multiplies_by_asynchronous_warpgroup_instructions(
 
 
 @pytest.mark.parametrize("architecture", [one for one in ARCHITECTURES if one != "sm_90a"])
-def test_int4_is_native_where_it_is_used(
-    compiled: dict[tuple[str, str], tuple[list[Kernel], Compiled]], nvdisasm: Path, tmp_path: Path, architecture: str
-) -> None:
+def test_int4_is_native_where_it_is_used(compiled: Programs, nvdisasm: Path, tmp_path: Path, architecture: str) -> None:
     for name, used in instructions(nvdisasm, compiled[architecture, "prefills"][1].cubin, tmp_path).items():
         operands = "S4.S4" if name.startswith("prefill_int4") else "S8.S8"
         multiplied = {one for one in used if "MMA" in one}

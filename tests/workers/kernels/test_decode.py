@@ -17,6 +17,8 @@ from workers.kernels import catalogue, reference
 from workers.kernels.emulator.build import Emulated
 from workers.kernels.pack import GROUP_SIZES, MOST_COLUMNS, TILE_COLUMNS, WEIGHT_BITS, Packed, pack
 
+pytestmark = pytest.mark.long
+
 Compile = Callable[[str], Emulated]
 
 GUARD = 64

@@ -38,7 +38,7 @@ def test_quantiles_are_of_what_was_measured() -> None:
 def test_a_call_takes_as_long_as_it_takes() -> None:
     watch = CpuStopwatch()
     for found in (watch.replayed([sleeping(2e-3)] * 2), watch.cold([sleeping(2e-3)])):
-        assert 2000 <= found.p10 <= found.p50 < 20_000
+        assert 2000 <= found.p10 <= found.p50 < 1_000_000
 
 
 def test_calls_take_turns() -> None:

@@ -27,6 +27,8 @@ from workers.kernels.errors import KernelError
 from workers.kernels.pack import Packed, pack
 from workers.kernels.plans import MOST_DECODED_FLOATS, Machine, Plan, candidates
 
+pytestmark = pytest.mark.long
+
 Compile = Callable[[str], Emulated]
 
 

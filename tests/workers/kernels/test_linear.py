@@ -24,6 +24,8 @@ from workers.models import LoadedModel, load_model
 from workers.quantizers import QUANTIZERS, choose_grid, round_to_grid
 from workers.quantizers.activation import round_activation
 
+pytestmark = pytest.mark.long
+
 every_scheme = pytest.mark.parametrize("text", ["w4a16g64", "w6a8", "w8a8", "w3a4g32", "w5a6g128"])
 
 

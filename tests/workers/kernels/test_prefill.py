@@ -18,6 +18,8 @@ from workers.kernels.catalogue import Prefill, prefill, program, quantise
 from workers.kernels.emulator.build import Emulated
 from workers.kernels.pack import GROUP_SIZES, MOST_COLUMNS, WEIGHT_BITS, Packed, pack
 
+pytestmark = pytest.mark.long
+
 Compile = Callable[[str], Emulated]
 
 GUARD = 64

@@ -26,6 +26,13 @@ def tiny() -> Evaluator:
     return Evaluator(loaded, Data(batches, batches, batches, "data"))
 
 
+@pytest.fixture(autouse=True)
+def _at_full_precision(request: pytest.FixtureRequest) -> None:
+    """What one test applied to an evaluator that all share, the next does not find there."""
+    for name in {"tiny", "minilm"} & set(request.fixturenames):
+        request.getfixturevalue(name).apply({})
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Evaluator:
     return Evaluator.build(EvaluatorSpec(str(models.minilm()), Calibration(samples=8, sequence_length=32)))

@@ -12,6 +12,8 @@ from tests.workers.sensitivity.support import fill, space_of
 from workers.evaluator import Evaluator, EvaluatorSpec
 from workers.sensitivity import FILLS
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def in_both(model_folder: Callable[[str], Path]) -> tuple[Evaluator, Evaluator]:

@@ -18,6 +18,8 @@ from workers.sensitivity.hutchinson import Piece
 from workers.sensitivity.rounding import ROUNDING_ERROR
 from workers.tasks import Item, Result, Task
 
+pytestmark = pytest.mark.long
+
 
 def item(layers: Sequence[str], inputs: Sequence[str] = (), bits: Sequence[int] = (), **changes: object) -> Item:
     asked = {"batch": 0, "start": 0, "samples": 4, "seeds": [0]}

@@ -29,6 +29,8 @@ from workers.sensitivity.path import Path as Walked
 from workers.sensitivity.pqi import OUTLIERS, PATH, RULES, gauss_legendre, gauss_radau, jackknife, midpoint
 from workers.tasks import Item, Result, Task
 
+pytestmark = pytest.mark.long
+
 nodes = st.integers(1, 16)
 polynomials = st.lists(st.floats(-10, 10), min_size=1, max_size=40)
 
