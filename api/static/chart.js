@@ -51,7 +51,7 @@
   if (!figure) return;
   const { source, points: permalink, panel, plotly } = figure.dataset;
   const chosen = {};
-  let told = null, selected = null, drawn = false;
+  let told = null, read = "", selected = null, drawn = false;
 
   // Where an annotation stands on an axis.
   const at = (value, log) => (log ? Math.log10(value) : value);
@@ -288,10 +288,11 @@
 
   async function load() {
     const inline = document.getElementById("figures");
-    const found = inline ? JSON.parse(inline.textContent) : await (await fetch(source)).json();
-    if (!found.points) return;
+    const text = inline ? inline.textContent : await (await fetch(source)).text();
+    const found = JSON.parse(text);
+    if (!found.points || text === read) return;
     const first = !told;
-    told = found;
+    [told, read] = [found, text];
     if (first) recall();
     figure.hidden = false;
     document.getElementById("no-points")?.remove();
@@ -312,15 +313,15 @@
   // The page is painted first: Plotly is a large script.
   requestAnimationFrame(() => setTimeout(() => Promise.all([bringPlotly(), load()]).then(draw)));
 
-  document.addEventListener("htmx:after:swap", sync);
+  document.addEventListener("htmx:after:swap", ({ target }) => {
+    sync();
+    // The page of a live search asks for its table now and then; what is new in the table is new in the chart.
+    if (target.id === "results") load();
+  });
   document.addEventListener("click", ({ target }) => {
     const row = target.closest("#points tr[data-point]");
     if (row && !target.closest("a") && panel) select(Number(row.dataset.point));
   });
-  // A live search: new points are brought in now and then.
-  let waiting = null;
-  for (const kind of ["measured", "stage"])
-    document.getElementById("live")?.addEventListener(kind, () => { waiting ??= setTimeout(() => { waiting = null; load(); }, 3000); });
   addEventListener("hashchange", () => { if (told && location.hash.includes("=")) { recall(); controls(); draw(); } });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   addEventListener("resize", draw);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
@@ -44,6 +45,27 @@ def test_a_live_page_follows_the_search_to_its_end(served: str, page: Page, engi
     page.wait_for_selector(DRAWN)
     assert page.locator("#progress").count() == 0
     work.join(60)
+
+
+def test_a_page_whose_scripts_come_slowly_follows_its_search(served: str, page: Page, engine: Engine) -> None:
+    search_id = examples.queued_search(engine)
+    page.route("**/hx-sse.min.js", lambda route: (time.sleep(1), route.continue_())[1])
+    with page.expect_request(lambda request: f"/v1/searches/{search_id}/events" in request.url):
+        page.goto(f"{served}/searches/{search_id}")
+
+
+def test_points_come_in_where_the_stream_is_refused(served: str, page: Page, engine: Engine) -> None:
+    search_id, held = examples.claimed_search(engine)
+    page.route("**/events?after=*", lambda route: route.fulfill(status=204))
+    page.clock.install()
+    page.goto(f"{served}/searches/{search_id}")
+    page.get_by_text("Points appear here as they are measured.").wait_for()
+    request = SearchRequest.model_validate(examples.REQUEST)
+    _, found = examples.results(engine, examples.store_model(engine), request)
+    put_candidates(engine, held, found[:4])
+    page.clock.fast_forward(13_000)
+    page.wait_for_selector(DRAWN)
+    page.get_by_role("link", name="uniform w8a16g64").wait_for()
 
 
 def test_it_says_what_a_metric_will_take_and_what_happened(served: str, page: Page, engine: Engine) -> None:
