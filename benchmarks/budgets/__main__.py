@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
+from benchmarks.budgets.found import Found, load
 from benchmarks.budgets.results import report
-from benchmarks.budgets.running import Found, run
-from benchmarks.budgets.studies import STUDIES
+from benchmarks.budgets.running import run
+from benchmarks.budgets.studies import STUDIES, Study
 
 SEEDS = 3
 
@@ -19,14 +21,21 @@ def main() -> None:
     asked = parser.parse_args()
     if unknown := set(asked.models) - set(STUDIES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(STUDIES)}")
-    known: dict[str, list[Found]] = {}
-    for name in asked.models or STUDIES:
-        study = STUDIES[name]
-        if study.layers and study.layers.name not in known:
-            parser.error(f"{name} is compared with what {study.layers.name} finds: ask for that before it")
-        of_layers = known[study.layers.name] if study.layers else [None] * asked.seeds
-        known[name] = [run(study, seed, layers) for seed, layers in enumerate(of_layers)]
-    report(list(known.values()), keep=len(known) == len(STUDIES) and asked.seeds >= SEEDS)
+    names = asked.models or list(STUDIES)
+    found = [[find(STUDIES[name], seed) for seed in range(asked.seeds)] for name in names]
+    report(found, keep=set(names) == set(STUDIES) and asked.seeds >= SEEDS)
+
+
+def find(study: Study, seed: int) -> Found:
+    """What is kept of a study at a seed, else what a run finds now, beside what others find by whole layers."""
+    found = load(study, seed)
+    if not found:
+        found = run(study, seed)
+        found.save()
+    if not study.layers:
+        return found
+    layers = find(study.layers, seed)
+    return replace(found, losses=layers.losses | found.losses, seconds=layers.seconds | found.seconds)
 
 
 if __name__ == "__main__":

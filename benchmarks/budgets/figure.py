@@ -7,7 +7,7 @@ from math import ceil, exp, floor, log10
 
 import numpy as np
 
-from benchmarks.budgets.running import Found
+from benchmarks.budgets.found import Found
 from benchmarks.rivals.rivals import BUDGETS
 from benchmarks.svg import drawing, line, text
 
@@ -65,14 +65,14 @@ def _panel(left: float, run: Found) -> list[str]:
         parts.append(text(left - 8, at + 4, f"{10.0**power:g}", "small", "end"))
     parts += [text(x(bits), TOP + HEIGHT + 18, str(bits), "small", "middle") for bits in range(3, 7)]
     parts.append(text(left + PANEL / 2, TOP + HEIGHT + 38, "mean bits of a code", "small", "middle"))
-    for trial, bits in run.trials:
-        if not 2.25 <= bits <= 6.25:
+    for tried in run.trials:
+        if not 2.25 <= tried.bits <= 6.25:
             continue
-        if trial.expected:
-            mean, deviation = trial.expected
+        if tried.expected:
+            mean, deviation = tried.expected
             ends = [y(exp(mean + side * 1.645 * deviation)) for side in (-1, 1)]
-            parts.append(line("interval", x(bits), ends[0], x(bits), ends[1]))
-        parts.append(f'<circle class="trial" cx="{x(bits):.1f}" cy="{y(trial.loss):.1f}" r="2.5"/>')
+            parts.append(line("interval", x(tried.bits), ends[0], x(tried.bits), ends[1]))
+        parts.append(f'<circle class="trial" cx="{x(tried.bits):.1f}" cy="{y(tried.loss):.1f}" r="2.5"/>')
     for kind, values in (("predicted", run.predicted), ("before", means["unrefined"]), ("after", means["refined"])):
         points = " ".join(f"{x(bits):.1f},{y(loss):.1f}" for bits, loss in sorted(values.items()))
         parts.append(f'<polyline class="{kind}" points="{points}"/>')

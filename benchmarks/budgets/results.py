@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.budgets.figure import draw_figure
-from benchmarks.budgets.running import Found
+from benchmarks.budgets.found import Floats, Found
 from benchmarks.report import table, write
 from benchmarks.rivals.rivals import BUDGETS, PACKAGES
-
-Floats = NDArray[np.float64]
 
 FIGURE = Path(__file__).parents[2] / "docs" / "search.svg"
 
@@ -53,7 +50,7 @@ def report(found: Sequence[Sequence[Found]], *, keep: bool) -> None:
             "Ratios of losses, with the 95 % interval of a bootstrap over the held-out samples of all splits, paired. "
             "`best other`: whichever of the other methods loses least at this budget on average. ModelOpt as it comes "
             "lets q, k and v, and gate and up, share their bits; *ungrouped*, these rules are cleared. "
-            "Below 1, ours loses less.",
+            "Below 1, ours loses less. Seconds are of one thread each, beside other work.",
         ],
     )
 
@@ -110,9 +107,11 @@ def _what_it_cost(runs: Sequence[Found]) -> str:
     }
     evaluations = float(np.mean([run.evaluations for run in runs]))
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    measured = " and ".join(sorted({f"{run.day} ({run.machine})" for run in runs}))
     return (
         f"{runs[0].study.data} for each of calibration, acceptance and held-out. Mean seconds: {spent} (all budgets "
-        f"from one run; refined includes unrefined, {evaluations:.0f} evaluations, and acceptance)."
+        f"from one run; refined includes unrefined, {evaluations:.0f} evaluations, and acceptance). "
+        f"Measured {measured}."
     )
 
 

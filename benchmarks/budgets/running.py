@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
+from benchmarks.budgets.found import Floats, Found, Tried
 from benchmarks.budgets.studies import Study
 from benchmarks.proxies.measuring import CACHE, fill, remembering
 from benchmarks.rivals.rivals import BUDGETS, PACKAGES, STUDIES, allocate, calibration_inputs
@@ -29,22 +28,6 @@ from workers.sensitivity.expansion import expansion
 from workers.tasks import Item, Result, Task, content_key
 
 METRIC = "fisher"
-
-Floats = NDArray[np.float64]
-
-
-@dataclass
-class Found:
-    """What came out: method → budget (mean bits of a code) → the losses of the held-out samples, and the seconds of
-    each method; the trials of the refinement, with the average bits of each."""
-
-    study: Study
-    seed: int
-    losses: dict[str, dict[float, Floats]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    evaluations: float = 0.0
-    trials: list[tuple[Trial, float]] = field(default_factory=list)
-    predicted: dict[float, float] = field(default_factory=dict)
 
 
 class Case:
@@ -116,8 +99,8 @@ class Case:
         self.spent[name] = self.spent.get(name, 0.0) + seconds
 
 
-def run(study: Study, seed: int, layers: Found | None = None) -> Found:
-    """All methods at all budgets; `layers` is what the study of whole layers has found at the seed, if there is one."""
+def run(study: Study, seed: int) -> Found:
+    """All methods at all budgets; of groups of channels, ours alone."""
     case, found = Case(study, seed), Found(study, seed)
     space = case.space
     cost = cost_tables(space, case.evaluator.inventory)["avg_bits"]
@@ -139,7 +122,7 @@ def run(study: Study, seed: int, layers: Found | None = None) -> Found:
     found.seconds["unrefined"] = case.spent["table"] + time.perf_counter() - began
 
     with remembering(case.evaluator):
-        if not layers:
+        if not study.layers:
             report("uniform", {round(cost.total(one) - scales, 3): one for one in uniform})
         report("unrefined", exact)
         found.predicted = {
@@ -166,13 +149,8 @@ def run(study: Study, seed: int, layers: Found | None = None) -> Found:
         }
         found.seconds["refined"] = found.seconds["unrefined"] + sum(told.values()) + max(0.0, fitting)
         found.evaluations = loop.spent
-        found.trials = [(trial, cost.total(trial.choice) - scales) for trial in loop.trials]
+        found.trials = [Tried(cost.total(trial.choice) - scales, trial.loss, trial.expected) for trial in loop.trials]
         report("refined", dict(zip(BUDGETS[::-1], chosen, strict=True)))
-        if layers:
-            for method in ("uniform", *PACKAGES):
-                found.losses[method] = layers.losses[method]
-            found.seconds |= {rival: layers.seconds[rival] for rival in PACKAGES}
-            return found
         for rival in PACKAGES:
             if study.name in STUDIES[rival]:
                 theirs = allocate(rival, study.name, calibration_inputs(case.evaluator))
