@@ -39,6 +39,8 @@ def start_ray() -> ModuleType:
     """
     authenticate()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Else whatever is asked of Ray before this, or after it was left, starts another one with settings of its own.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     # What a lost evaluator would have said, when nobody waits for it any more.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     # Ray prints a paragraph for every process that it loses, past all logs; the pool says what was lost.

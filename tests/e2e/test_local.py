@@ -54,7 +54,7 @@ class TestLocal:
         with terminal(*asked, **environment) as opened:
             opened.wait_for("fisher")
             opened.ctrl_c()
-            assert opened.leave() == 130
+            assert opened.leave() == 130, opened.shown
             assert "search 1 is cancelled" in " ".join(opened.shown.split())
             assert "Traceback" not in opened.shown
         wait_until(lambda: not left_behind(environment), "nothing is left")

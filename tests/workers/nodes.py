@@ -34,6 +34,7 @@ def three_nodes() -> Iterator[Any]:
     """
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setenv("RAY_ENABLE_AUTO_CONNECT", "0")
         environment.delenv("RAY_ADDRESS", raising=False)
         authenticate()
         from ray.cluster_utils import Cluster

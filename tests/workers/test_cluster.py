@@ -204,3 +204,12 @@ def test_ray_on_this_machine_asks_for_a_fresh_token(monkeypatch: pytest.MonkeyPa
     authenticate()
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_ray_that_was_left_is_not_started_by_what_is_asked_of_it() -> None:
+    """It would be another one, with settings of its own, and whoever started Ray next would be given it."""
+    ray = start_ray()
+    stop_ray()
+    with pytest.raises(ray.exceptions.RaySystemError):
+        ray.nodes()
+    assert not ray.is_initialized()

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.long
 def measure(evaluator: Evaluator, item: Item) -> Result:
     """Says who is at it, waits until it may, and measures."""
     ray, mark = sys.modules.get("ray"), Path(item["folder"]) / str(item["value"])
-    node = ray.get_runtime_context().get_node_id() if ray else ""
+    node = ray.get_runtime_context().get_node_id() if ray and ray.is_initialized() else ""
     (mark.parent / "writing").mkdir(exist_ok=True)
     written = mark.parent / "writing" / f"{mark.name}-{os.getpid()}"
     written.write_text(f"{os.getpid()} {node}")
