@@ -211,5 +211,5 @@ def test_ray_that_was_left_is_not_started_by_what_is_asked_of_it() -> None:
     ray = start_ray()
     stop_ray()
     with pytest.raises(ray.exceptions.RaySystemError):
-        ray.nodes()
+        ray.put(1)
     assert not ray.is_initialized()
