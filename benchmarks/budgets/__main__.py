@@ -1,4 +1,4 @@
-"""`python -m benchmarks.budgets [minilm efficientnet smollm2 smollm2-channels] [--seeds N]`."""
+"""`python -m benchmarks.budgets [minilm efficientnet smollm2 smollm2-channels] [--seeds N] [--unrefined]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from benchmarks.budgets.found import Found, load
 from benchmarks.budgets.results import report
-from benchmarks.budgets.running import run
+from benchmarks.budgets.running import Case, compare, refine
 from benchmarks.budgets.studies import STUDIES, Study
 
 SEEDS = 3
@@ -18,24 +18,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.budgets", description=__doc__)
     parser.add_argument("models", nargs="*", metavar="model", help=", ".join(STUDIES))
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"splits of the data (default {SEEDS})")
+    parser.add_argument("--unrefined", action="store_true", help="refine nothing now: that takes most of the time")
     asked = parser.parse_args()
     if unknown := set(asked.models) - set(STUDIES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(STUDIES)}")
-    names = asked.models or list(STUDIES)
-    found = [[find(STUDIES[name], seed) for seed in range(asked.seeds)] for name in names]
-    report(found, keep=set(names) == set(STUDIES) and asked.seeds >= SEEDS)
+    names, refined = asked.models or list(STUDIES), not asked.unrefined
+    found = [[find(STUDIES[name], seed, refined=refined) for seed in range(asked.seeds)] for name in names]
+    report(found, keep=refined and set(names) == set(STUDIES) and asked.seeds >= SEEDS)
 
 
-def find(study: Study, seed: int) -> Found:
-    """What is kept of a study at a seed, else what a run finds now, beside what others find by whole layers."""
-    found = load(study, seed)
-    if not found:
-        found = run(study, seed)
-        found.save()
+def find(study: Study, seed: int, *, refined: bool) -> Found:
+    """What is kept of a study at a seed, and what is found now of what is not; beside groups of channels, what others
+    find by whole layers."""
+    found = load(study, seed) or Found(study, seed)
+    steps = {"unrefined": compare} | ({"refined": refine} if refined else {})
+    missing = [step for method, step in steps.items() if method not in found.losses]
+    if missing:
+        case = Case(study, seed)
+        for step in missing:
+            step(case, found)
+            found.save()
     if not study.layers:
         return found
-    layers = find(study.layers, seed)
-    return replace(found, losses=layers.losses | found.losses, seconds=layers.seconds | found.seconds)
+    layers = find(study.layers, seed, refined=False)
+    others = {method: losses for method, losses in layers.losses.items() if method not in ("unrefined", "refined")}
+    return replace(found, losses=others | found.losses, seconds=layers.seconds | found.seconds)
 
 
 if __name__ == "__main__":

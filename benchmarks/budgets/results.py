@@ -85,7 +85,7 @@ def _ratio(runs: Sequence[Found], ours: str, against: str, budget: float) -> str
         others = {name: _mean(runs, name, budget) for name in ("uniform", *PACKAGES)}
         known = {name: mean for name, mean in others.items() if mean is not None}
         against = min(known, key=lambda name: known[name])
-    if _mean(runs, against, budget) is None:
+    if _mean(runs, against, budget) is None or _mean(runs, ours, budget) is None:
         return "–"
     own, other = (np.concatenate([run.losses[name][budget] for run in runs]) for name in (ours, against))
     low, high = interval(own, other)
@@ -107,10 +107,11 @@ def _what_it_cost(runs: Sequence[Found]) -> str:
     }
     evaluations = float(np.mean([run.evaluations for run in runs]))
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    of_refined = f"; refined includes unrefined, {evaluations:.0f} evaluations, and acceptance" if evaluations else ""
     measured = " and ".join(sorted({f"{run.day} ({run.machine})" for run in runs}))
     return (
         f"{runs[0].study.data} for each of calibration, acceptance and held-out. Mean seconds: {spent} (all budgets "
-        f"from one run; refined includes unrefined, {evaluations:.0f} evaluations, and acceptance). "
+        f"from one run{of_refined}). "
         f"Measured {measured}."
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,12 +39,33 @@ class Case:
         self.evaluator: Evaluator = study.build(seed)
         self.space: Space = study.space(self.evaluator)
         self.sizes = list(map(sample_count, self.evaluator.batches("calibration")))
+        self.cost = cost_tables(self.space, self.evaluator.inventory)["avg_bits"]
+        self.uniform = list(baselines(self.space).values())
+        # Scales cost the same whatever the codes.
+        self.scales = self.cost.total(self.uniform[0]) - self.space.schemes[0].weight_bits
+        levels = np.array(BUDGETS[::-1]) + self.scales
+        self.sweep = Sweep(
+            {"avg_bits": self.cost}, [Bound("avg_bits", "avg_bits", float(levels[0]))], "avg_bits", levels
+        )
         self.spent: dict[str, float] = {}
+        """Seconds by what they were spent on, of what was kept too."""
+        self.seconds_now = 0.0
+        """Seconds of what was not kept."""
         digest = content_key([self.evaluator.loaded.digest, self.evaluator.data.digest, list(study.schemes)])
         self._file = CACHE / "budgets" / f"{study.name}-{seed}-{digest[:16]}.jsonl"
         self._file.parent.mkdir(parents=True, exist_ok=True)
         lines = self._file.read_text().splitlines() if self._file.exists() else []
         self._known = {line["key"]: line for line in map(json.loads, lines)}
+
+    def bits(self, choice: Choice) -> float:
+        """Mean bits of a code."""
+        return self.cost.total(choice) - self.scales
+
+    def report(self, choices: dict[float, Choice]) -> dict[float, Floats]:
+        """The held-out losses of each budget's choice."""
+        for budget, choice in choices.items():
+            assert self.cost.total(choice) <= (budget + self.scales) * (1 + 1e-6), budget
+        return {budget: self.samples(choice, "held_out") for budget, choice in choices.items()}
 
     def samples(self, choice: Choice, split: Split, batches: range | None = None) -> Floats:
         """The losses of a choice on a split, or on some of its batches."""
@@ -90,8 +112,9 @@ class Case:
         found: Result = self._known[key]["result"]
         return found
 
-    def _keep(self, line: dict[str, object]) -> None:
-        self._known[str(line["key"])] = line
+    def _keep(self, line: dict[str, Any]) -> None:
+        self._known[line["key"]] = line
+        self.seconds_now += line["seconds"]
         with self._file.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
 
@@ -99,71 +122,45 @@ class Case:
         self.spent[name] = self.spent.get(name, 0.0) + seconds
 
 
-def run(study: Study, seed: int) -> Found:
-    """All methods at all budgets; of groups of channels, ours alone."""
-    case, found = Case(study, seed), Found(study, seed)
-    space = case.space
-    cost = cost_tables(space, case.evaluator.inventory)["avg_bits"]
-    uniform = list(baselines(space).values())
-    # Scales cost the same whatever the codes.
-    scales = cost.total(uniform[0]) - space.schemes[0].weight_bits
-    limits = np.array(BUDGETS[::-1]) + scales
-    sweep = Sweep({"avg_bits": cost}, [Bound("avg_bits", "avg_bits", float(limits[0]))], "avg_bits", limits)
-
-    def report(method: str, choices: dict[float, Choice]) -> None:
-        found.losses[method] = {}
-        for budget, choice in choices.items():
-            assert cost.total(choice) <= (budget + scales) * (1 + 1e-6), (method, budget)
-            found.losses[method][budget] = case.samples(choice, "held_out")
-
+def compare(case: Case, found: Found) -> None:
+    """What is not refined, at all budgets: the exact frontier and, of whole layers, uniform and the rivals'."""
+    study, space, sweep = case.study, case.space, case.sweep
     table = case.table()
     began = time.perf_counter()
-    exact = {budget: sweep.frontier(table, np.array([budget + scales]), prove=True)[0] for budget in BUDGETS}
+    exact = {budget: sweep.frontier(table, np.array([budget + case.scales]), prove=True)[0] for budget in BUDGETS}
     found.seconds["unrefined"] = case.spent["table"] + time.perf_counter() - began
-
+    found.predicted = {budget: float(table[np.arange(len(choice)), choice].sum()) for budget, choice in exact.items()}
     with remembering(case.evaluator):
-        if not study.layers:
-            report("uniform", {round(cost.total(one) - scales, 3): one for one in uniform})
-        report("unrefined", exact)
-        found.predicted = {
-            budget: float(table[np.arange(len(choice)), choice].sum()) for budget, choice in exact.items()
-        }
-        began, before = time.perf_counter(), dict(case.spent)
-        measured = sum(case.spent.values())
-        loop = Refinement(
-            sweep,
-            Features.of(space, {METRIC: table}),
-            case.measure,
-            case.sizes,
-            study.evaluations,
-            seed,
-            expand=case.expand,
-        )
-        refine(loop, uniform)
-        # Fitting takes its time now, measuring took it when it was measured.
-        fitting = time.perf_counter() - began - (sum(case.spent.values()) - measured)
-        chosen = choose(case, sweep, loop.trials)
-        told = {
-            name: case.spent.get(name, 0.0) - before.get(name, 0.0)
-            for name in ("calibration", "expansion", "acceptance")
-        }
-        found.seconds["refined"] = found.seconds["unrefined"] + sum(told.values()) + max(0.0, fitting)
-        found.evaluations = loop.spent
-        found.trials = [Tried(cost.total(trial.choice) - scales, trial.loss, trial.expected) for trial in loop.trials]
-        report("refined", dict(zip(BUDGETS[::-1], chosen, strict=True)))
+        found.losses["unrefined"] = case.report(exact)
+        if study.layers:
+            return
+        found.losses["uniform"] = case.report({round(case.bits(one), 3): one for one in case.uniform})
         for rival in PACKAGES:
             if study.name in STUDIES[rival]:
                 theirs = allocate(rival, study.name, calibration_inputs(case.evaluator))
-                report(rival, {budget: _choice(space, of) for budget, of in theirs.budgets.items()})
+                found.losses[rival] = case.report({budget: _choice(space, of) for budget, of in theirs.budgets.items()})
                 found.seconds[rival] = theirs.seconds["whole run for one budget"]
-    return found
 
 
-def refine(loop: Refinement, uniform: list[Choice]) -> None:
-    """As `workers.pipeline` does: baselines, predicted frontier, draws, rounds."""
-    loop.begin(uniform)
-    for trials in loop.rounds():
-        print(f"  {loop.spent:.1f} evaluations, gain {loop.gain:.2g}, {len(trials)} more", flush=True)
+def refine(case: Case, found: Found) -> None:
+    """Refine and accept as `workers.pipeline` does: baselines, predicted frontier, draws, rounds."""
+    features = Features.of(case.space, {METRIC: case.table()})
+    case.spent.clear()
+    began, measuring = time.perf_counter(), case.seconds_now
+    with remembering(case.evaluator):
+        loop = Refinement(
+            case.sweep, features, case.measure, case.sizes, case.study.evaluations, case.seed, expand=case.expand
+        )
+        loop.begin(case.uniform)
+        for trials in loop.rounds():
+            print(f"  {loop.spent:.1f} evaluations, gain {loop.gain:.2g}, {len(trials)} more", flush=True)
+        # Fitting takes its time now, measuring took it when it was measured.
+        fitting = max(0.0, time.perf_counter() - began - (case.seconds_now - measuring))
+        chosen = choose(case, case.sweep, loop.trials)
+        found.seconds["refined"] = found.seconds["unrefined"] + fitting + sum(case.spent.values())
+        found.evaluations = loop.spent
+        found.trials = [Tried(case.bits(trial.choice), trial.loss, trial.expected) for trial in loop.trials]
+        found.losses["refined"] = case.report(dict(zip(BUDGETS[::-1], chosen, strict=True)))
 
 
 def choose(case: Case, sweep: Sweep, trials: list[Trial]) -> list[Choice]:
