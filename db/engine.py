@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psycopg
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import (
@@ -157,6 +158,11 @@ class _Pool(QueuePool):
             raise DatabaseUnavailable(
                 f"all {self.size()} connections to the database are in use; {CONNECTIONS_VARIABLE} allows more"
             ) from error
+        except psycopg.ProgrammingError as error:
+            # SQLAlchemy's ping sets a mode of the connection back, which cannot be when Ctrl-C ended the ping.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
 
 
 def _engine(url: URL, limits: dict[str, float], application_name: str) -> Engine:

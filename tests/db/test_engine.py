@@ -3,10 +3,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,6 +104,34 @@ class TestConnections:
             engine.connect()
         engine.connect().close()
         engine.dispose()
+
+    # One that comes while something is finalized is lost: Python's doing, and none of ours.
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_ctrl_c_is_nothing_else_in_the_middle_of_a_look_at_the_database(
+        self, postgres_url: str, request: pytest.FixtureRequest
+    ) -> None:
+        engine, chance, looking, caught = connect(postgres_url), random.Random(0), False, 0
+
+        def ctrl_c(_number: int, _frame: object) -> None:
+            if looking:
+                raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, ctrl_c)
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+        for _ in range(200):
+            key = threading.Timer(chance.random() * 0.004, os.kill, (os.getpid(), signal.SIGINT))
+            key.start()
+            try:
+                try:
+                    looking = True
+                    while key.is_alive():
+                        engine.connect().close()
+                finally:
+                    looking = False
+            except KeyboardInterrupt:
+                caught += 1
+        engine.dispose()
+        assert caught > 100
 
     @pytest.mark.parametrize("given", ["0", "-1", "many", ""])
     def test_a_number_that_is_none_is_refused(
