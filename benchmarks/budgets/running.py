@@ -156,15 +156,16 @@ def refine(case: Case, found: Found) -> None:
             print(f"  {loop.spent:.1f} evaluations, gain {loop.gain:.2g}, {len(trials)} more", flush=True)
         # Fitting takes its time now, measuring took it when it was measured.
         fitting = max(0.0, time.perf_counter() - began - (case.seconds_now - measuring))
-        chosen = choose(case, case.sweep, loop.trials)
+        chosen = choose(case, loop.trials)
         found.seconds["refined"] = found.seconds["unrefined"] + fitting + sum(case.spent.values())
         found.evaluations = loop.spent
         found.trials = [Tried(case.bits(trial.choice), trial.loss, trial.expected) for trial in loop.trials]
         found.losses["refined"] = case.report(dict(zip(BUDGETS[::-1], chosen, strict=True)))
 
 
-def choose(case: Case, sweep: Sweep, trials: list[Trial]) -> list[Choice]:
+def choose(case: Case, trials: list[Trial]) -> list[Choice]:
     """Of every level the accepted configuration that loses least on the acceptance split."""
+    sweep = case.sweep
     choices, tiers = [trial.choice for trial in trials], [trial.tier for trial in trials]
     chosen = finalists(sweep, choices, np.array([trial.loss for trial in trials]), tiers)
     losses = np.array([case.samples(choices[index], "acceptance") for index in chosen])
