@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import socket
 import subprocess
 import threading
 import time
@@ -97,8 +96,7 @@ def _start(server: PostgresServer, folder: Path) -> None:
             with server._lock:
                 _runs(folder)
             server.start()
-            with socket.socket(socket.AF_UNIX) as client:
-                client.connect(f"{server.get_postmaster_info().socket_dir}/.s.PGSQL.5432")
+            _answers(server)
             return
         except (OSError, ValueError, AssertionError, subprocess.SubprocessError):
             if not had_server or time.monotonic() > until:
@@ -107,6 +105,26 @@ def _start(server: PostgresServer, folder: Path) -> None:
             _chatter.disabled = False
             atexit.unregister(server._cleanup)
         time.sleep(RETRY_SECONDS)
+
+
+def _answers(server: PostgresServer) -> None:
+    """Raise OSError unless the server does: the kernel takes connections for one that is stopped or dying, too."""
+    socket_folder = str(server.get_postmaster_info().socket_dir)
+    patience = str(round(PATIENCE_SECONDS))
+    ping = (
+        server.bin_path / "pg_isready",
+        "-q",
+        "-h",
+        socket_folder,
+        "-U",
+        "postgres",
+        "-d",
+        "postgres",
+        "-t",
+        patience,
+    )
+    if subprocess.run(ping).returncode:
+        raise OSError("it accepts no connections")
 
 
 def _runs(folder: Path) -> bool:

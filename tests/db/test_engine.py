@@ -231,6 +231,18 @@ class TestEmbedded:
                 client.connect(f"{host}/.s.PGSQL.5432")
             os.kill(postmaster(folder), signal.SIGKILL)
 
+    def test_a_server_that_takes_connections_and_answers_none_is_no_server(self, folder: Path) -> None:
+        url = embedded.start(folder).render_as_string()
+        # So is the moment between a signal 9 and the end, as long as it takes on a busy machine.
+        psutil.Process(postmaster(folder)).suspend()
+        started = aside(embedded.start, folder)
+        time.sleep(0.5)
+        assert not started.done()
+        os.kill(postmaster(folder), signal.SIGKILL)
+        started.result(PATIENCE)
+        with connect(url).connect() as connection:
+            assert connection.scalar(text("SELECT 1")) == 1
+
     def test_what_a_killed_server_leaves_running_is_waited_for(self, folder: Path) -> None:
         engine = connect()
         with engine.connect() as connection:
