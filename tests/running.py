@@ -22,6 +22,9 @@ hypothesis.settings.load_profile("patient")
 # hundred times slower; those that sleep do not. Read by every process that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Ray ends evaluators while 95 % of the machine's memory is in use, by whomever.
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+
 _stderr = pytest.StashKey[int]()
 
 
