@@ -3,7 +3,7 @@
 On data that the search has not seen, each configuration has to beat what stands already, at no greater cost, in a
 paired bootstrap over samples (Efron 1979); else what stands already keeps standing. Uniform configurations stand first,
 then what was predicted, then what was found by measuring: the more a configuration was chosen by its measured loss, the
-more it owes to luck.
+more it owes to luck. Among the first two, which were hardly chosen by it, the searched data are evidence as well.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from search.pareto import best_under
 from search.sweep import Choice, Sweep
 
 Floats = NDArray[np.float64]
+
+FOUND = 2
+"""The tier of what measuring found."""
 
 RESAMPLES = 2000
 CONFIDENCE = 0.9
@@ -48,15 +51,18 @@ def better(losses: Floats, others: Floats, *, seed: int = 0) -> float:
     return float((means < 0).mean() + (means == 0).mean() / 2)
 
 
-def accepted(losses: Floats, costs: Floats, tiers: Sequence[int]) -> NDArray[np.bool_]:
-    """Which configurations stand, of losses (configurations × samples) and costs (configurations × resources).
+def accepted(losses: Floats, costs: Floats, tiers: Sequence[int], searched: Sequence[Floats]) -> NDArray[np.bool_]:
+    """Which configurations stand, of losses on new data (configurations × samples) and costs (configurations ×
+    resources); `searched` are the losses on all the searched data, which tell of tiers below `FOUND`.
 
     Those of a lower tier stand first, and of one tier the cheaper. One that nothing undercuts stands by itself; of
     those that cost no more in any resource, the one of least loss has to be beaten.
     """
-    means = losses.mean(axis=1)
+    pooled = [np.append(*both) for both in zip(searched, losses, strict=True)]
     stands = np.zeros(len(losses), dtype=bool)
     for index in np.lexsort((*costs.T[::-1], tiers)):
+        told = pooled if tiers[index] < FOUND else losses
+        means = np.array([samples.mean() for samples in told])
         rival = best_under(np.where(stands, means, np.nan), costs, costs[index] * (1 + TOLERANCE))
-        stands[index] = rival is None or better(losses[index], losses[rival]) >= CONFIDENCE
+        stands[index] = rival is None or better(told[index], told[rival]) >= CONFIDENCE
     return stands

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from search.acceptance import FOUND
 from search.budget import TOLERANCE
 from search.candidate import Source
 from search.expansion import CHARGE, Expand
@@ -53,7 +54,7 @@ class Trial:
     def tier(self) -> int:
         """How much it may owe to luck: uniform configurations nothing, predicted ones little, those that measuring
         found most."""
-        return {"uniform": 0, "ilp": 1}.get(self.source, 2)
+        return {"uniform": 0, "ilp": 1}.get(self.source, FOUND)
 
 
 @dataclass(slots=True)

@@ -140,7 +140,8 @@ class Measuring:
         heard = self._samples([tried[index] for index in chosen], "acceptance")
         costs = [[self.candidates[at].costs[name] for name in self.profile.axes] for at in heard]
         losses = np.array([told["loss"] for told in heard.values()])
-        stands = accepted(losses, np.array(costs), [tiers[index] for index in chosen])
+        samples = [trials[index].samples for index in chosen]
+        stands = accepted(losses, np.array(costs), [tiers[index] for index in chosen], samples)
         reported = [tried[index] for index, stand in zip(chosen, stands, strict=True) if stand or not tiers[index]]
         self._progress = (len(chosen), len(chosen) + len(reported))
         told = self._samples(reported, "held_out")

@@ -170,7 +170,8 @@ def choose(case: Case, trials: list[Trial]) -> list[Choice]:
     chosen = finalists(sweep, choices, np.array([trial.loss for trial in trials]), tiers)
     losses = np.array([case.samples(choices[index], "acceptance") for index in chosen])
     totals = sweep.totals([choices[index] for index in chosen])
-    stands = accepted(losses, totals[:, None], [tiers[index] for index in chosen])
+    samples = [trials[index].samples for index in chosen]
+    stands = accepted(losses, totals[:, None], [tiers[index] for index in chosen], samples)
     means = np.where(stands, losses.mean(axis=1), np.inf)
     within = [np.where(totals <= level * (1 + TOLERANCE), means, np.inf) for level in sweep.levels]
     return [choices[chosen[int(one.argmin())]] for one in within]

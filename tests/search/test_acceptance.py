@@ -42,25 +42,38 @@ def test_a_fluke_is_refused_and_a_real_gain_stands() -> None:
     uniform = rng.lognormal(0, 0.5, 32)
     fluke = rng.permutation(uniform) * rng.lognormal(0, 0.3, 32)
     gain = uniform * 0.8 * rng.lognormal(0, 0.1, 32)
-    stands = accepted(np.array([uniform, fluke, gain]), np.array([[4.0], [4.0], [4.0]]), [0, 2, 2])
+    losses = np.array([uniform, fluke, gain])
+    stands = accepted(losses, np.array([[4.0], [4.0], [4.0]]), [0, 2, 2], losses * [[1.0], [0.5], [2.0]])
     assert stands.tolist() == [True, False, True]
 
 
 def test_what_was_only_predicted_stands_before_what_measuring_found() -> None:
     """Equal on new data, the one that owes nothing to luck stays, though the other came first."""
-    losses = np.random.default_rng(3).lognormal(0, 1, 16)
-    assert accepted(np.array([losses, losses]), np.array([[3.0], [3.0]]), [2, 1]).tolist() == [False, True]
+    losses = np.random.default_rng(3).lognormal(0, 1, (1, 16)).repeat(2, axis=0)
+    assert accepted(losses, np.array([[3.0], [3.0]]), [2, 1], losses).tolist() == [False, True]
+
+
+def test_of_what_was_only_predicted_the_searched_data_tell_as_well() -> None:
+    """Of two that differ by a quarter, with samples that differ by more, few new ones alone are not sure; of what
+    measuring found, the searched ones tell nothing, and need not be complete."""
+    rng = np.random.default_rng(5)
+    cheap = rng.lognormal(0, 0.5, (2, 24))
+    dear = cheap * 0.75 * rng.lognormal(0, 0.5, (2, 24))
+    new, searched, costs = np.array([cheap[0], dear[0]]), [cheap[1], dear[1]], np.array([[4.5], [5.0]])
+    assert better(*new[::-1]) < 0.9 < better(np.append(*dear), np.append(*cheap))
+    assert accepted(new, costs, [1, 1], searched).tolist() == [True, True]
+    assert accepted(new, costs, [1, 2], [cheap[1], dear[1][:8]]).tolist() == [True, False]
 
 
 def test_what_nothing_undercuts_stands_by_itself() -> None:
     losses = np.random.default_rng(4).lognormal(0, 1, (3, 16)) * np.array([[9.0], [3.0], [1.0]])
-    assert accepted(losses, np.array([[2.0], [3.0], [4.0]]), [2, 0, 2]).all()
+    assert accepted(losses, np.array([[2.0], [3.0], [4.0]]), [2, 0, 2], losses).all()
 
 
 def test_cheaper_in_one_resource_and_dearer_in_another_is_no_rival() -> None:
     losses = np.array([np.ones(8), np.full(8, 2.0)])
-    assert accepted(losses, np.array([[3.0, 5.0], [4.0, 4.0]]), [0, 2]).all()
-    assert accepted(losses, np.array([[3.0, 4.0], [4.0, 4.0]]), [0, 2]).tolist() == [True, False]
+    assert accepted(losses, np.array([[3.0, 5.0], [4.0, 4.0]]), [0, 2], losses).all()
+    assert accepted(losses, np.array([[3.0, 4.0], [4.0, 4.0]]), [0, 2], losses).tolist() == [True, False]
 
 
 def test_finalists_are_the_best_of_every_level_with_and_without_what_measuring_found() -> None:
