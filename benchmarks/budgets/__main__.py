@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from benchmarks.budgets.found import Found, load
 from benchmarks.budgets.results import report
-from benchmarks.budgets.running import Case, compare, refine
+from benchmarks.budgets.running import Case, compare, predict, refine
 from benchmarks.budgets.studies import STUDIES, Study
+from benchmarks.rivals.rivals import STUDIES as STUDIES_OF
 
 SEEDS = 3
+
+Step = Callable[[Case, Found], None]
 
 
 def main() -> None:
@@ -31,7 +36,10 @@ def find(study: Study, seed: int, *, refined: bool) -> Found:
     """What is kept of a study at a seed, and what is found now of what is not; beside groups of channels, what others
     find by whole layers."""
     found = load(study, seed) or Found(study, seed)
-    steps = {"unrefined": compare} | ({"refined": refine} if refined else {})
+    rivals = [rival for rival, studies in STUDIES_OF.items() if study.name in studies]
+    steps: dict[str, Step] = {"unrefined": predict} | {rival: partial(compare, rival=rival) for rival in rivals}
+    if refined:
+        steps["refined"] = refine
     missing = [step for method, step in steps.items() if method not in found.losses]
     if missing:
         case = Case(study, seed)

@@ -31,12 +31,14 @@ class Tried:
 
 @dataclass
 class Found:
-    """What came out: method → budget (mean bits of a code) → the losses of the held-out samples, and the seconds of
-    each method; what refinement tried; what the frontier's metric predicted; when and on what it was measured."""
+    """What came out: method → budget (mean bits of a code) → the losses of the held-out samples, and the scheme of
+    every unit (its place in the study's); the seconds of each method; what refinement tried; what the frontier's
+    metric predicted; when and on what it was measured."""
 
     study: Study
     seed: int
     losses: dict[str, dict[float, Floats]] = field(default_factory=dict)
+    choices: dict[str, dict[float, list[int]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     evaluations: float = 0.0
     trials: list[Tried] = field(default_factory=list)
@@ -50,7 +52,8 @@ class Found:
             method: {budget: values.tolist() for budget, values in of.items()} for method, of in self.losses.items()
         }
         kept = {"study": _terms(self.study), "day": self.day, "machine": self.machine, "losses": losses}
-        kept |= {"seconds": self.seconds, "evaluations": self.evaluations, "predicted": self.predicted}
+        kept |= {"choices": self.choices, "seconds": self.seconds, "evaluations": self.evaluations}
+        kept |= {"predicted": self.predicted}
         kept |= {"trials": [asdict(tried) for tried in self.trials]}
         FOLDER.mkdir(parents=True, exist_ok=True)
         _file(self.study, self.seed).write_text(json.dumps(kept))
@@ -66,12 +69,22 @@ def load(study: Study, seed: int) -> Found | None:
         method: {float(budget): np.array(values) for budget, values in of.items()}
         for method, of in kept["losses"].items()
     }
+    choices = {method: {float(budget): units for budget, units in of.items()} for method, of in kept["choices"].items()}
     trials = [
         Tried(one["bits"], one["loss"], tuple(one["expected"]) if one["expected"] else None) for one in kept["trials"]
     ]
     predicted = {float(budget): value for budget, value in kept["predicted"].items()}
     return Found(
-        study, seed, losses, kept["seconds"], kept["evaluations"], trials, predicted, kept["day"], kept["machine"]
+        study,
+        seed,
+        losses,
+        choices,
+        kept["seconds"],
+        kept["evaluations"],
+        trials,
+        predicted,
+        kept["day"],
+        kept["machine"],
     )
 
 

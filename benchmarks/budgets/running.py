@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.budgets.found import Floats, Found, Tried
 from benchmarks.budgets.studies import Study
 from benchmarks.proxies.measuring import CACHE, fill, remembering
-from benchmarks.rivals.rivals import BUDGETS, PACKAGES, STUDIES, allocate, calibration_inputs
+from benchmarks.rivals.rivals import BUDGETS, Name, allocate, calibration_inputs
 from search.acceptance import accepted, finalists
 from search.allocation import layer_schemes
 from search.budget import TOLERANCE, Bound
@@ -61,11 +61,12 @@ class Case:
         """Mean bits of a code."""
         return self.cost.total(choice) - self.scales
 
-    def report(self, choices: dict[float, Choice]) -> dict[float, Floats]:
-        """The held-out losses of each budget's choice."""
+    def report(self, found: Found, method: str, choices: dict[float, Choice]) -> None:
+        """Keep each budget's choice, and its held-out losses."""
         for budget, choice in choices.items():
             assert self.cost.total(choice) <= (budget + self.scales) * (1 + 1e-6), budget
-        return {budget: self.samples(choice, "held_out") for budget, choice in choices.items()}
+        found.losses[method] = {budget: self.samples(choice, "held_out") for budget, choice in choices.items()}
+        found.choices[method] = {budget: choice.tolist() for budget, choice in choices.items()}
 
     def samples(self, choice: Choice, split: Split, batches: range | None = None) -> Floats:
         """The losses of a choice on a split, or on some of its batches."""
@@ -122,24 +123,25 @@ class Case:
         self.spent[name] = self.spent.get(name, 0.0) + seconds
 
 
-def compare(case: Case, found: Found) -> None:
-    """What is not refined, at all budgets: the exact frontier and, of whole layers, uniform and the rivals'."""
-    study, space, sweep = case.study, case.space, case.sweep
-    table = case.table()
+def predict(case: Case, found: Found) -> None:
+    """The exact frontier at all budgets and, of whole layers, the uniform configurations."""
+    sweep, table = case.sweep, case.table()
     began = time.perf_counter()
     exact = {budget: sweep.frontier(table, np.array([budget + case.scales]), prove=True)[0] for budget in BUDGETS}
     found.seconds["unrefined"] = case.spent["table"] + time.perf_counter() - began
     found.predicted = {budget: float(table[np.arange(len(choice)), choice].sum()) for budget, choice in exact.items()}
     with remembering(case.evaluator):
-        found.losses["unrefined"] = case.report(exact)
-        if study.layers:
-            return
-        found.losses["uniform"] = case.report({round(case.bits(one), 3): one for one in case.uniform})
-        for rival in PACKAGES:
-            if study.name in STUDIES[rival]:
-                theirs = allocate(rival, study.name, calibration_inputs(case.evaluator))
-                found.losses[rival] = case.report({budget: _choice(space, of) for budget, of in theirs.budgets.items()})
-                found.seconds[rival] = theirs.seconds["whole run for one budget"]
+        case.report(found, "unrefined", exact)
+        if not case.study.layers:
+            case.report(found, "uniform", {round(case.bits(one), 3): one for one in case.uniform})
+
+
+def compare(case: Case, found: Found, rival: Name) -> None:
+    """What a rival allocates at all budgets."""
+    theirs = allocate(rival, case.study.name, calibration_inputs(case.evaluator))
+    with remembering(case.evaluator):
+        case.report(found, rival, {budget: _choice(case.space, of) for budget, of in theirs.budgets.items()})
+    found.seconds[rival] = theirs.seconds["whole run for one budget"]
 
 
 def refine(case: Case, found: Found) -> None:
@@ -160,7 +162,7 @@ def refine(case: Case, found: Found) -> None:
         found.seconds["refined"] = found.seconds["unrefined"] + fitting + sum(case.spent.values())
         found.evaluations = loop.spent
         found.trials = [Tried(case.bits(trial.choice), trial.loss, trial.expected) for trial in loop.trials]
-        found.losses["refined"] = case.report(dict(zip(BUDGETS[::-1], chosen, strict=True)))
+        case.report(found, "refined", dict(zip(BUDGETS[::-1], chosen, strict=True)))
 
 
 def choose(case: Case, trials: list[Trial]) -> list[Choice]:
