@@ -14,8 +14,11 @@ from xdist.scheduler import LoadFileScheduling
 UNWIND_SECONDS = 120.0
 """How much longer than the time limit of a test its setup, call or teardown may take, until its process is ended."""
 
-# By itself hypothesis fails what takes longer than 200 ms, and what it takes long to make examples of.
-hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# By itself hypothesis fails what takes longer than 200 ms, and what it takes long to make examples of. The examples are
+# the same every time, so that a failure is one of the change at hand; `--hypothesis-profile exploring` looks for more.
+patient = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("exploring", patient)
+hypothesis.settings.register_profile("patient", patient, derandomize=True)
 hypothesis.settings.load_profile("patient")
 
 # Ray gives an evaluator all cores. Threads that spin while they wait for one another on busy cores make small work a

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pulp
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -306,7 +306,16 @@ class TestEdges:
         assert (solution.status, solution.objective) == ("optimal", 3.0)
 
 
+BELOW_NOTHING = (
+    np.array([[0.275]]),
+    {"size_bytes": Cost("size_bytes", np.array([[-5.0]]), 4.0), "more": Cost("more", np.array([[-3.5]]), 3.0)},
+    [Bound("size_bytes", "size_bytes", -0.5), Bound("more", "more", -0.5)],
+)
+"""Capacities below 0, one of them met exactly."""
+
+
 @settings(max_examples=200, deadline=None)
+@example(BELOW_NOTHING)
 @given(problems().filter(lambda problem: bool(problem[2])))
 def test_prices_prove_a_bound_and_find_what_fits(problem: tuple[Table, dict[str, Cost], list[Bound]]) -> None:
     """However odd the problem; and no allocation loses less than the bound and what its choices lose above it."""
@@ -327,7 +336,7 @@ def test_prices_prove_a_bound_and_find_what_fits(problem: tuple[Table, dict[str,
     assert (found.prices >= 0).all()
     if choice is not None:
         rows = np.arange(len(loss))
-        assert (priced[:, rows, choice].sum(axis=1) <= capacities * (1 + 1e-12)).all()
+        assert (priced[:, rows, choice].sum(axis=1) <= capacities + 1e-12 * np.abs(capacities)).all()
         assert found.bound + found.reduced[rows, choice].sum() <= loss[rows, choice].sum() + slack
 
 
