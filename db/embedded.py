@@ -62,8 +62,13 @@ def start(folder: Path) -> URL:
         if folder not in _entered:
             _entered.add(folder)
             atexit.register(leave, folder)
+    return _address(server).set(drivername="postgresql+psycopg")
+
+
+def _address(server: PostgresServer) -> URL:
+    """For any program; pgserver's own does not quote the folder."""
     query = {"host": str(server.get_postmaster_info().socket_dir)}
-    return URL.create("postgresql+psycopg", username="postgres", database="postgres", query=query)
+    return URL.create("postgresql", username="postgres", database="postgres", query=query)
 
 
 def _server(folder: Path) -> PostgresServer:
@@ -109,20 +114,8 @@ def _start(server: PostgresServer, folder: Path) -> None:
 
 def _answers(server: PostgresServer) -> None:
     """Raise OSError unless the server does: the kernel takes connections for one that is stopped or dying, too."""
-    socket_folder = str(server.get_postmaster_info().socket_dir)
     patience = str(round(PATIENCE_SECONDS))
-    ping = (
-        server.bin_path / "pg_isready",
-        "-q",
-        "-h",
-        socket_folder,
-        "-U",
-        "postgres",
-        "-d",
-        "postgres",
-        "-t",
-        patience,
-    )
+    ping = (server.bin_path / "pg_isready", "-q", "-t", patience, "-d", _address(server).render_as_string())
     if subprocess.run(ping).returncode:
         raise OSError("it accepts no connections")
 

@@ -74,18 +74,8 @@ def load(study: Study, seed: int) -> Found | None:
         Tried(one["bits"], one["loss"], tuple(one["expected"]) if one["expected"] else None) for one in kept["trials"]
     ]
     predicted = {float(budget): value for budget, value in kept["predicted"].items()}
-    return Found(
-        study,
-        seed,
-        losses,
-        choices,
-        kept["seconds"],
-        kept["evaluations"],
-        trials,
-        predicted,
-        kept["day"],
-        kept["machine"],
-    )
+    same = {name: kept[name] for name in ("seconds", "evaluations", "day", "machine")}
+    return Found(study, seed, losses, choices, trials=trials, predicted=predicted, **same)
 
 
 def _file(study: Study, seed: int) -> Path:
