@@ -126,7 +126,7 @@ class Refinement:
                 visits[level] += 1
                 expanded.add(base.choice.tobytes())
                 if new := self._neighbours(base, level):
-                    yield self._told(new, "refined", [self._rival(choice) for choice in new], self.surrogate())
+                    yield self.raced(new)
                 if visits[level] == 1:
                     # One expansion of every level buys more than anything else.
                     continue
@@ -142,18 +142,34 @@ class Refinement:
                 )
                 calm = 2 if not new else calm + 1 if self.gain < CALM else 0
                 if new:
-                    yield self._told(new, "refined", [self._rival(choice) for choice in new], fitted)
+                    yield self.raced(new, fitted)
             elif base is None:
                 return
+
+    def raced(self, choices: Sequence[Choice], fitted: Surrogate | None = None) -> list[Trial]:
+        """Measure new configurations, as many as are left, until what costs no more beats them; `fitted` says what is
+        expected of them."""
+        new = self._new(choices)[: self.left]
+        if not new:
+            return []
+        return self._told(new, "refined", [self._rival(choice) for choice in new], fitted or self.surrogate())
+
+    def best(self, level: float) -> Trial | None:
+        """Of the wholly measured configurations within all bounds and `level` that of least loss."""
+        within = [
+            trial
+            for trial, cost in self._whole()
+            if cost <= level * (1 + TOLERANCE) and self.sweep.admits(trial.choice)
+        ]
+        return min(within, key=lambda trial: trial.loss, default=None)
 
     def _unexpanded(self, visits: Mapping[float, int], expanded: Set[bytes]) -> tuple[float, Trial | None]:
         """The level that was visited least among those whose best configuration was not expanded, and that one."""
         if self.expand is None or self.left < CHARGE + 1:
             return 0.0, None
-        whole = [(trial, cost) for trial, cost in self._whole() if self.sweep.admits(trial.choice)]
         for level in sorted(visits, key=visits.__getitem__):
-            within = [trial for trial, cost in whole if cost <= level * (1 + TOLERANCE)]
-            if within and (best := min(within, key=lambda one: one.loss)).choice.tobytes() not in expanded:
+            best = self.best(level)
+            if best is not None and best.choice.tobytes() not in expanded:
                 return level, best
         return 0.0, None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import translate
 from functools import lru_cache
 from math import ceil
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.errors import InvalidRequest, UnsupportedModel
-from search.inventory import Inventory, Layer, whole_and_channels
+from search.inventory import Inventory, Layer, joined, whole_and_channels
 from search.request import SpaceRequest
 from search.scheme import FULL_PRECISION, Scheme
 from search.targets import Target
@@ -60,6 +60,22 @@ class Space:
     def layers(self) -> tuple[Layer, ...]:
         """All searched layers, or parts of them."""
         return tuple(layer for unit in self.units for layer in unit.layers)
+
+    @property
+    def layer_of(self) -> NDArray[np.int64]:
+        """For each unit the number of its layer, counted from 0 in network order: the same for all parts of one. Where
+        units are layers or more, their own numbers."""
+        names = [whole_and_channels(unit.layers[0].name)[0] for unit in self.units]
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        return np.array([numbers[name] for name in names], dtype=np.int64)
+
+    def whole(self) -> Space:
+        """The space in which the parts of a layer are one unit: that numbered `layer_of`."""
+        layer_of = self.layer_of
+        firsts = np.unique(layer_of, return_index=True)[1]
+        members = [np.flatnonzero(layer_of == number).tolist() for number in range(len(firsts))]
+        units = tuple(_joined([self.units[place] for place in of]) for of in members)
+        return replace(self, units=units, allowed=self.allowed[firsts], pinned=self.pinned[firsts])
 
     def uniform(self, scheme: Scheme) -> NDArray[np.int64] | None:
         """The choice that gives `scheme` to every unit that is not pinned; None where one cannot take it, or none is
@@ -143,6 +159,14 @@ def _cut(unit: Unit, channels: int) -> list[Unit]:
     starts = range(0, layer.rows, channels)
     parts = [layer.part(range(start, min(start + channels, layer.rows))) for start in starts]
     return [Unit(part.name, (part,)) for part in parts]
+
+
+def _joined(parts: list[Unit]) -> Unit:
+    """The unit that was cut into `parts`; a unit that was not is its only one."""
+    if len(parts) == 1:
+        return parts[0]
+    layer = joined([part.layers[0] for part in parts])
+    return Unit(layer.name, (layer,))
 
 
 def _groups(unit: Unit, channels: int) -> int:

@@ -6,9 +6,9 @@ layers, and predictions add up where damage does not. So of predictions p (units
     log loss = (1 + γ)·log Σ_u p_us·exp(θ_us) + noise        θ = Σ of effects, each normal around zero
 
 where effects are shared: by all choices, by those of a scheme, by layers of one kind, by depth, down to a single
-choice. Many effects and few measurements: what is not supported stays near zero. The posterior is normal around its
-mode (Laplace); the spread of the effects and the noise are those that predict some measurements best from the others.
-Whatever γ, the best allocation under a budget is the knapsack's on p·exp(θ).
+layer at a scheme. Many effects and few measurements: what is not supported stays near zero. The posterior is normal
+around its mode (Laplace); the spread of the effects and the noise are those that predict some measurements best from
+the others. Whatever γ, the best allocation under a budget is the knapsack's on p·exp(θ).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Choices = NDArray[np.int64]
 """Configurations × units: scheme indices."""
 
 SPREADS = {"all": 10.0, "scheme": 0.5, "kind": 0.4, "kind, scheme": 0.2, "depth": 0.3, "depth, scheme": 0.15}
-SPREADS |= {"unit": 0.4, "choice": 0.3, "metric": 0.5}
+SPREADS |= {"layer": 0.4, "layer, scheme": 0.3, "metric": 0.5}
 """Standard deviations of effects, before all but the first are scaled by one factor."""
 
 POWER_SPREAD = 0.2
@@ -45,7 +45,7 @@ SMALLEST = 1e-3
 """Of a scheme's median prediction: what counts for a unit that is predicted less, or less than nothing."""
 
 MOST_CHOICES = 20_000
-"""Spaces with more choices have no effects of single units and choices."""
+"""Where layers and schemes make more choices, there are no effects of single layers."""
 
 STEPS = 20
 LONGEST_STEP = 2.0
@@ -97,9 +97,11 @@ class Features:
         for power in (1, 2):
             effect("depth", 0 * rows, depth**power)
             effect("depth, scheme", columns, depth**power)
-        if mean.size <= MOST_CHOICES:
-            effect("unit", rows, ones)
-            effect("choice", rows * schemes + columns, ones)
+        # Groups of channels are too many to tell apart: what a layer's have in common, measurements may tell.
+        layers = space.layer_of[:, None] + 0 * columns
+        if (layers.max() + 1) * schemes <= MOST_CHOICES:
+            effect("layer", layers, ones)
+            effect("layer, scheme", layers * schemes + columns, ones)
         for one in logs if len(logs) > 1 else []:
             apart = np.where(lost, one - np.where(lost, mean, 0.0), 0.0)
             effect("metric", 0 * rows, apart - apart[lost].mean())

@@ -8,8 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 from optuna.exceptions import OptunaError
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -22,6 +25,7 @@ from db.studies import study_name, study_storage
 from search.agreement import spearman
 from search.candidate import Candidate
 from search.evolution import Evolution
+from search.layers_first import layers_first
 from search.proposals import Drafts, baselines
 from search.reference import reference
 from search.refinement import TOGETHER, Refinement, first
@@ -69,7 +73,7 @@ def run_search(
     if request.optimizer.method == "evolution":
         evolve(measuring, refinement)
     elif request.optimizer.method != "ilp":
-        refine(measuring, refinement)
+        refine(measuring, refinement, tables)
     surrogate = refinement.surrogate()
     look_back(measuring, surrogate)
     measuring.accept()
@@ -91,7 +95,7 @@ def begin(run: Run, profile: Profile, tables: dict[str, Table]) -> tuple[Measuri
     measuring = Measuring(run, profile, sweep, drafts)
     refinement = Refinement(
         sweep,
-        Features.of(space, {metric: table.values.to_numpy() for metric, table in tables.items()}),
+        Features.of(space, values_of(tables)),
         measuring.measure,
         profile.batch_sizes,
         # A search whose baselines all miss the budget has nothing to show without one proposal.
@@ -99,9 +103,14 @@ def begin(run: Run, profile: Profile, tables: dict[str, Table]) -> tuple[Measuri
         seed=request.calibration.seed,
         most_loss=request.budgets.loss_increase or np.inf,
         together=max(run.evaluators, TOGETHER),
-        expand=measuring.expand,
+        expand=partial(measuring.expand, space),
     )
     return measuring, refinement
+
+
+def values_of(tables: dict[str, Table]) -> dict[str, NDArray[np.float64]]:
+    """Each metric's predictions, units × schemes."""
+    return {metric: table.values.to_numpy() for metric, table in tables.items()}
 
 
 def measure_baselines(measuring: Measuring, refinement: Refinement) -> None:
@@ -129,11 +138,14 @@ def measure_proposals(measuring: Measuring, refinement: Refinement, proposals: S
         measuring.add(refinement.whole(choices, "ilp"))
 
 
-def refine(measuring: Measuring, refinement: Refinement) -> None:
+def refine(measuring: Measuring, refinement: Refinement, tables: dict[str, Table]) -> None:
     """Correct the predictions with what is measured, and measure what then promises most, until the evaluations are
-    spent or nothing promises anything."""
+    spent or nothing promises anything; of groups of output channels, whole layers first."""
     measuring.enter("refine", refinement.left)
-    for trials in refinement.rounds():
+    values = values_of(tables)
+    for trials in chain(
+        layers_first(refinement, measuring.profile.space, values, measuring.expand), refinement.rounds()
+    ):
         measuring.add(trials)
     if refinement.left:
         measuring.run.notice(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from search.allocation import layer_schemes
 from search.budget import TOLERANCE, Bound
 from search.cost import cost_tables
 from search.expansion import Expansion
+from search.layers_first import layers_first
 from search.proposals import baselines
 from search.refinement import Refinement, Trial
 from search.space import Space
@@ -52,10 +55,12 @@ class Case:
         self.seconds_now = 0.0
         """Seconds of what was not kept."""
         digest = content_key([self.evaluator.loaded.digest, self.evaluator.data.digest, list(study.schemes)])
-        self._file = CACHE / "budgets" / f"{study.name}-{seed}-{digest[:16]}.jsonl"
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._file.read_text().splitlines() if self._file.exists() else []
-        self._known = {line["key"]: line for line in map(json.loads, lines)}
+        (CACHE / "budgets").mkdir(parents=True, exist_ok=True)
+        self._file, *others = [
+            CACHE / "budgets" / f"{one.name}-{seed}-{digest[:16]}.jsonl" for one in (study, study.layers) if one
+        ]
+        known = [line for file in others for line in _lines(file) if "values" not in line]
+        self._known = {line["key"]: line for line in [*known, *_lines(self._file)]}
 
     def bits(self, choice: Choice) -> float:
         """Mean bits of a code."""
@@ -71,7 +76,7 @@ class Case:
     def samples(self, choice: Choice, split: Split, batches: range | None = None) -> Floats:
         """The losses of a choice on a split, or on some of its batches."""
         part = [batches.start, batches.stop] if batches else None
-        key = content_key([choice.tolist(), split, part])
+        key = content_key([self._by_layers(choice).tolist(), split, part])
         if key not in self._known:
             began = time.perf_counter()
             allocation = layer_schemes(self.space, choice)
@@ -95,13 +100,13 @@ class Case:
         """Of the calibration split: `search.racing.Measure`."""
         return [self.samples(choice, "calibration", batches) for choice in choices]
 
-    def expand(self, choice: Choice) -> Expansion:
-        """`search.expansion.Expand`."""
+    def expand(self, space: Space, choice: Choice) -> Expansion:
+        """`search.layers_first.ExpandIn`."""
 
         def compute(task: Task, items: Sequence[Item]) -> list[Result]:
             return [self._computed(task, item) for item in items]
 
-        return expansion(compute, self.space, self.sizes, choice)
+        return expansion(compute, space, self.sizes, choice)
 
     def _computed(self, task: Task, item: Item) -> Result:
         key = content_key([task.name, task.version, item])
@@ -112,6 +117,12 @@ class Case:
         self._spend("expansion", self._known[key]["seconds"])
         found: Result = self._known[key]["result"]
         return found
+
+    def _by_layers(self, choice: Choice) -> Choice:
+        """The schemes of whole layers where their groups are alike: the study of whole layers may have measured it."""
+        layer_of = self.space.layer_of
+        whole: Choice = choice[np.unique(layer_of, return_index=True)[1]]
+        return whole if (whole[layer_of] == choice).all() else choice
 
     def _keep(self, line: dict[str, Any]) -> None:
         self._known[line["key"]] = line
@@ -145,15 +156,20 @@ def compare(case: Case, found: Found, rival: Name) -> None:
 
 
 def refine(case: Case, found: Found) -> None:
-    """Refine and accept as `workers.pipeline` does: baselines, predicted frontier, draws, rounds."""
-    features = Features.of(case.space, {METRIC: case.table()})
+    """Refine and accept as `workers.pipeline` does: baselines, predicted frontier, draws, rounds. Of groups of channels
+    whole layers come before their predicted frontier, so that they are those of the study of whole layers."""
+    tables = {METRIC: case.table()}
+    features, expand = Features.of(case.space, tables), partial(case.expand, case.space)
     case.spent.clear()
     began, measuring = time.perf_counter(), case.seconds_now
     with remembering(case.evaluator):
         loop = Refinement(
-            case.sweep, features, case.measure, case.sizes, case.study.evaluations, case.seed, expand=case.expand
+            case.sweep, features, case.measure, case.sizes, case.study.evaluations, case.seed, expand=expand
         )
-        loop.begin(case.uniform)
+        loop.whole(case.uniform, "uniform")
+        for trials in layers_first(loop, case.space, tables, case.expand):
+            print(f"  {loop.spent:.1f} evaluations, {len(trials)} more", flush=True)
+        loop.begin(())
         for trials in loop.rounds():
             print(f"  {loop.spent:.1f} evaluations, gain {loop.gain:.2g}, {len(trials)} more", flush=True)
         # Fitting takes its time now, measuring took it when it was measured.
@@ -177,6 +193,10 @@ def choose(case: Case, trials: list[Trial]) -> list[Choice]:
     means = np.where(stands, losses.mean(axis=1), np.inf)
     within = [np.where(totals <= level * (1 + TOLERANCE), means, np.inf) for level in sweep.levels]
     return [choices[chosen[int(one.argmin())]] for one in within]
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _choice(space: Space, bits: dict[str, int]) -> Choice:

@@ -64,6 +64,28 @@ def test_groups_of_channels_end_in_a_frontier_whose_points_can_be_applied_again(
             render(name, exported)
 
 
+def test_groups_of_channels_are_refined_by_whole_layers_first(digits: Engine) -> None:
+    optimizer = {"points": 4, "evaluations": 24}
+    done, found = searched(digits, CHANNELS, sensitivity=["fisher"], optimizer=optimizer)
+    assert_frontier(found)
+    assert done.summary is not None
+    assert done.summary["evaluations"] <= 24
+    whole = [_is_whole(one) for one in found]
+    proposed = [one for one in found if one.label.startswith("fisher")]
+    layers = [one for one, alike in zip(found, whole, strict=True) if alike and one.source != "uniform"]
+    assert proposed
+    assert layers
+    assert min(one.number for one in layers) > max(one.number for one in proposed)
+    cut = [one for one, alike in zip(found, whole, strict=True) if not alike and one.source == "refined"]
+    assert any(one.number > max(other.number for other in layers) for one in cut)
+
+
+def _is_whole(candidate: Candidate) -> bool:
+    """Whether every layer has one scheme."""
+    parts = by_whole(candidate.allocation).values()
+    return all(len({candidate.allocation[name] for name in names}) == 1 for names in parts)
+
+
 def test_blocks_end_in_a_frontier_in_which_each_has_one_scheme(digits: Engine) -> None:
     done, found = searched(digits, {"granularity": "block"})
     assert_frontier(found)

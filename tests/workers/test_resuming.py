@@ -41,11 +41,16 @@ def timeless(value: object) -> object:
     return value
 
 
-@pytest.mark.parametrize("method", ["refine", "evolution"])
-def test_a_killed_attempt_loses_at_most_the_task_it_was_in(digits: Engine, method: str) -> None:
+BLOCKS, CHANNELS = {"granularity": "block"}, {"granularity": "channels", "channels": 48}
+
+
+@pytest.mark.parametrize(("method", "units"), [("refine", BLOCKS), ("evolution", BLOCKS), ("refine", CHANNELS)])
+def test_a_killed_attempt_loses_at_most_the_task_it_was_in(
+    digits: Engine, method: str, units: dict[str, object]
+) -> None:
     """And nothing else shows: not in the candidates, nor what they are told to be, nor what was computed."""
     asked = {
-        "space": {"schemes": SCHEMES, "granularity": "block"},
+        "space": {"schemes": SCHEMES} | units,
         "optimizer": {"method": method, "points": 4, "evaluations": 14},
         "sensitivity": ["fisher", "kl"],
     }
