@@ -174,22 +174,23 @@ class TestCut:
                 assert loop.sweep.admits(choice)
                 assert loop.sweep.totals([choice])[0] <= level * (1 + 1e-6)
 
-    @pytest.mark.parametrize("seed", range(3))
-    def test_groups_within_the_layers_lose_less_than_layers_and_than_groups_by_the_predictions(self, seed: int) -> None:
-        """Of layers that are right and predictions that are not. The layers' mean bits change little."""
-        world = World(seed)
-        loop = world.begun(4)
-        level = float(loop.sweep.levels[1])
-        tied = Sweep.of(cost_tables(LAYERWISE, MODEL), loop.sweep.bounds, "avg_bits", 8)
-        base = tied.frontier(summed(world.truth, OF), np.array([level]))[0]
-        predicted = loop.sweep.frontier(world.proxy, np.array([level]))[0]
-        barely, well = cut(world.proxy, loop.sweep, level, base, OF)
-        losses = world.loss([predicted, barely, base[OF], well])
-        assert losses[1] < losses[0]
-        assert losses[3] < losses[2]
-        bits = np.array([2.0, 3.0, 4.0, 8.0])
-        moved = [abs(bits[well[layer == OF]].mean() - bits[base[layer]]) for layer in range(len(base))]
-        assert np.mean(moved) < 0.15
+    def test_groups_within_the_layers_lose_less_than_layers_and_than_groups_by_the_predictions(self) -> None:
+        """Of layers that are right and predictions that are not, over eight worlds. Layers' mean bits change little."""
+        bits, losses, moved = np.array([2.0, 3.0, 4.0, 8.0]), [], []
+        for seed in range(8):
+            world = World(seed)
+            loop = world.begun(4)
+            level = float(loop.sweep.levels[1])
+            tied = Sweep.of(cost_tables(LAYERWISE, MODEL), loop.sweep.bounds, "avg_bits", 8)
+            base = tied.frontier(summed(world.truth, OF), np.array([level]))[0]
+            predicted = loop.sweep.frontier(world.proxy, np.array([level]))[0]
+            barely, well = cut(world.proxy, loop.sweep, level, base, OF)
+            losses.append(np.log(world.loss([predicted, barely, base[OF], well])))
+            moved += [abs(bits[well[layer == OF]].mean() - bits[base[layer]]) for layer in range(len(base))]
+        by_predictions, barely_held, layers, well_held = np.mean(losses, axis=0)
+        assert barely_held < by_predictions - 0.02
+        assert well_held < layers - 0.01
+        assert np.mean(moved) < 0.1
 
 
 @pytest.mark.long
