@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,40 +33,42 @@ HALVINGS = 20
 """Of the interval of what a change is charged."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Expansion:
-    """What each change of one unit of `choice` would add to the loss: units × schemes, 0 at the choice and inf where a
-    choice is closed."""
+    """What each change of one unit of `choice` would add to the loss, by the terms of first order (`first`, folds ×
+    units × schemes) and of second order (`second`, units × schemes); inf where a choice is closed."""
 
     choice: Choice
-    changes: Floats
+    first: Floats
+    second: Floats
 
-    @classmethod
-    def of(cls, choice: Choice, first: Floats, second: Floats) -> Expansion:
-        """From the terms of first order, folds × units × schemes, and of second order, units × schemes.
+    @cached_property
+    def changes(self) -> Floats:
+        """Units × schemes, 0 at the choice.
 
-        First ones are shrunk by what their spread leaves of them (m² / (m² + its variance)): the least of many is
-        otherwise where the noise is luckiest.
+        Terms of first order are shrunk by what their spread leaves of them (m² / (m² + its variance)): the least of
+        many is otherwise where the noise is luckiest.
         """
         with np.errstate(invalid="ignore"):
-            mean = first.mean(axis=0)
-            variance = first.var(axis=0, ddof=1) / len(first) if len(first) > 1 else np.zeros_like(mean)
+            mean = self.first.mean(axis=0)
+            alone = len(self.first) == 1
+            variance = np.zeros_like(mean) if alone else self.first.var(axis=0, ddof=1) / len(self.first)
             believed = mean * mean**2 / np.maximum(mean**2 + variance, 1e-300)
-        changes = np.where(np.isfinite(believed), believed, np.inf) + second
-        changes[np.arange(len(choice)), choice] = 0.0
-        return cls(choice, changes)
+        changes: Floats = np.where(np.isfinite(believed), believed, np.inf) + self.second
+        changes[np.arange(len(self.choice)), self.choice] = 0.0
+        return changes
 
     def change(self, choice: Choice) -> float:
         """What another choice would add to the loss."""
         return float(self.changes[np.arange(len(choice)), choice].sum())
 
-    def neighbours(self, sweep: Sweep, level: float) -> list[Choice]:
+    def neighbours(self, sweep: Sweep, level: float) -> list[tuple[Choice, float]]:
         """The choices within `level` that add least to the loss with a sixteenth, an eighth and a quarter of the units
-        changed, at most; each once, none that adds to it."""
+        changed, at most; each once, and what it adds, which is less than nothing."""
         free = int((np.isfinite(self.changes).sum(axis=1) > 1).sum())
         found = [self._nearest(sweep, level, max(1, round(share * free))) for share in SHARES]
-        better = {one.tobytes(): one for one in found if one is not None and self.change(one) < 0}
-        return list(better.values())
+        each = {one.tobytes(): (one, self.change(one)) for one in found if one is not None}
+        return [(one, adds) for one, adds in each.values() if adds < 0]
 
     def _nearest(self, sweep: Sweep, level: float, most: int) -> Choice | None:
         """With at most so many units changed: each change is charged the least that keeps all others away."""

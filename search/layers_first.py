@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.expansion import Expansion
+from search.ladders import Ladders
 from search.prices import shadow_prices
 from search.refinement import Refinement, Trial
 from search.space import Space
@@ -24,7 +25,7 @@ from search.sweep import Choice, Sweep, thinned
 
 Floats = NDArray[np.float64]
 
-LAYERS = 2 / 3
+LAYERS = 4 / 7
 """Of the evaluations that are left: how many go to whole layers."""
 
 MARGINS = (1.0, 2.0)
@@ -50,6 +51,7 @@ def layers_first(
     layer_of = space.layer_of
     if len(np.unique(layer_of)) == len(space.units):
         return
+    groups.ladders = Ladders.of(groups.features.predicted, groups.sweep.costs[groups.sweep.axis].table, layer_of)
     layers = _by_layers(groups, space, tables, expand)
     known = len(layers.trials)
 
@@ -129,6 +131,7 @@ def _by_layers(groups: Refinement, space: Space, tables: Mapping[str, Floats], e
         measure=measure,
         evaluations=int(groups.spent + LAYERS * groups.left),
         expand=None if expand is None else lambda choice: expand(whole, choice),
+        ladders=None,
         trials=known,
     )
 

@@ -19,6 +19,7 @@ from search.budget import TOLERANCE
 from search.candidate import Source
 from search.expansion import CHARGE, Expand
 from search.improvement import propose
+from search.ladders import Ladders
 from search.racing import Choice, Measure, charged, race
 from search.surrogate import Features, Surrogate
 from search.sweep import Sweep, thinned
@@ -34,9 +35,8 @@ CALM = 1e-4
 DRAWN = 1 / 3
 """Of the first measurements, the share that are drawn at random, so that the errors of the predictions show."""
 
-
-SHARE = 9
-"""A level is expanded if so many evaluations are there for each."""
+SHARE, LADDER_SHARE = 9, 6
+"""A level is expanded if so many evaluations are there for each; along ladders there is little else to spend on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,8 @@ class Refinement:
     most_loss: float = np.inf
     together: int = TOGETHER
     expand: Expand | None = None
+    ladders: Ladders | None = None
+    """Along these an expanded configuration moves; without, unit by unit."""
     trials: list[Trial] = field(default_factory=list)
     spent: float = 0.0
     gain: float = np.inf
@@ -119,7 +121,8 @@ class Refinement:
         """Propose, race and fit until the evaluations are spent or nothing promises anything; the trials of each
         round."""
         calm, expanded = 0, set[bytes]()
-        visits = dict.fromkeys(thinned(self.sweep.roomy, self.left // SHARE), 0)
+        share = SHARE if self.ladders is None else LADDER_SHARE
+        visits = dict.fromkeys(thinned(self.sweep.roomy, self.left // share), 0)
         while self.left:
             level, base = self._unexpanded(visits, expanded)
             if base is not None:
@@ -178,8 +181,11 @@ class Refinement:
         assert self.expand is not None
         self.spent += CHARGE
         near = self.expand(base.choice)
-        new = self._new(near.neighbours(self.sweep, level))
-        return [choice for choice in new if near.change(choice) < -CALM * base.loss][: self.left]
+        if self.ladders is None:
+            found = near.neighbours(self.sweep, level)
+        else:
+            found = self.ladders.neighbours(near, self.sweep, level)
+        return self._new([choice for choice, adds in found if adds < -CALM * base.loss])[: self.left]
 
     def _told(
         self, choices: Sequence[Choice], source: Source, rivals: Sequence[Floats | None], fitted: Surrogate | None

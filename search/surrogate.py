@@ -107,6 +107,12 @@ class Features:
             effect("metric", 0 * rows, apart - apart[lost].mean())
         return cls(mean, np.array(groups), np.array(weights), np.concatenate(spreads))
 
+    @property
+    def predicted(self) -> Floats:
+        """What is corrected, units × schemes; 0 where nothing is lost or a choice is closed."""
+        predicted: Floats = np.exp(self.logs)
+        return predicted
+
     def corrected(self, effects: Floats) -> Floats:
         """log p + θ of every choice."""
         logs: Floats = self.logs + (self.weights * effects[self.groups]).sum(axis=0)

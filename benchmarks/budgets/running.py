@@ -169,7 +169,10 @@ def refine(case: Case, found: Found) -> None:
         loop.whole(case.uniform, "uniform")
         for trials in layers_first(loop, case.space, tables, case.expand):
             print(f"  {loop.spent:.1f} evaluations, {len(trials)} more", flush=True)
-        loop.begin(())
+        if loop.ladders is None:
+            loop.begin(())
+        else:
+            loop.whole(loop.sweep.frontier(loop.surrogate().table), "ilp")
         for trials in loop.rounds():
             print(f"  {loop.spent:.1f} evaluations, gain {loop.gain:.2g}, {len(trials)} more", flush=True)
         # Fitting takes its time now, measuring took it when it was measured.

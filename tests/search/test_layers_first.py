@@ -1,4 +1,6 @@
-"""Groups of channels, begun with whole layers: what is carried over, what it costs, and that it helps."""
+"""Groups of channels, begun with whole layers: what is carried over, what it costs, and where a layer goes from there.
+
+How much it gains is measured on real models (`python -m benchmarks.budgets smollm2-channels`)."""
 
 from collections.abc import Sequence
 
@@ -136,7 +138,8 @@ class World:
         """Exact, of whole layers as of groups."""
         self.expanded.append((len(one.units), choice))
         truth = summed(self.truth, OF) if len(one.units) < len(GROUPS.units) else self.truth
-        return Expansion(choice, truth - truth[np.arange(len(choice)), choice][:, None])
+        changes = truth - truth[np.arange(len(choice)), choice][:, None]
+        return Expansion(choice, changes[None], np.zeros_like(changes))
 
     def begun(self, evaluations: int, bounds: Sequence[Bound] = (Bound("avg_bits", "avg_bits", 4.5),)) -> Refinement:
         uniform = list(baselines(GROUPS).values())
@@ -224,23 +227,6 @@ class TestLayersFirst:
         assert len(loop.trials) == len(trials) + uniform
         whole = [one for one in loop.trials if len(one.samples) == sum(SIZES)]
         assert len({one.choice.tobytes() for one in whole}) == len(whole)
-
-    def test_it_betters_groups_alone_within_the_same_evaluations(self) -> None:
-        """Over all levels, the best loses 2 % less at least, on average of two worlds."""
-        means: dict[bool, list[float]] = {True: [], False: []}
-        for first in means:
-            for seed in (11, 12):
-                world = World(seed)
-                loop = world.begun(48)
-                loop.expand = None
-                for _ in layers_first(loop, GROUPS, {"proxy": world.proxy}) if first else ():
-                    pass
-                loop.begin(())
-                for _ in loop.rounds():
-                    pass
-                best = [loop.best(level) for level in loop.sweep.roomy]
-                means[first].append(float(np.mean([np.log(one.loss) for one in best if one is not None])))
-        assert np.mean(means[True]) < np.mean(means[False]) - 0.02
 
     @pytest.mark.parametrize("evaluations", [0, 4, 5, 6, 9])
     def test_few_evaluations_are_not_exceeded(self, evaluations: int) -> None:

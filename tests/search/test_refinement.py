@@ -214,7 +214,7 @@ class Entangled(World):
         """2 eᵀδ + |δ|²: exact for one change."""
         self.expanded.append(choice)
         changes = self.errors - self.errors[np.arange(len(choice)), choice][:, None]
-        return Expansion(choice, 2 * changes @ self._error(choice) + np.square(changes).sum(axis=-1))
+        return Expansion(choice, 2 * (changes @ self._error(choice))[None], np.square(changes).sum(axis=-1))
 
     def _error(self, choices: np.ndarray) -> np.ndarray:
         return self.errors[np.arange(len(self.errors)), choices].sum(axis=-2)

@@ -52,7 +52,7 @@ def expansion(compute: Compute, space: Space, batch_sizes: Sequence[int], choice
     ]
     results = compute(EXPANSION, items)
     first = np.array([_table(space, choice, result["gradient"]) for result in results])
-    return Expansion.of(choice, first, _table(space, choice, results[0]["curvature"]))
+    return Expansion(choice, first, _table(space, choice, results[0]["curvature"]))
 
 
 def _schemes(space: Space) -> dict[str, list[str]]:
