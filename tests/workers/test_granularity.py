@@ -65,11 +65,11 @@ def test_groups_of_channels_end_in_a_frontier_whose_points_can_be_applied_again(
 
 
 def test_groups_of_channels_are_refined_by_whole_layers_first(digits: Engine) -> None:
-    optimizer = {"points": 4, "evaluations": 24}
+    optimizer = {"points": 4, "evaluations": 36}
     done, found = searched(digits, CHANNELS, sensitivity=["fisher"], optimizer=optimizer)
     assert_frontier(found)
     assert done.summary is not None
-    assert done.summary["evaluations"] <= 24
+    assert done.summary["evaluations"] <= 36
     whole = [_is_whole(one) for one in found]
     proposed = [one for one in found if one.label.startswith("fisher")]
     layers = [one for one, alike in zip(found, whole, strict=True) if alike and one.source != "uniform"]
