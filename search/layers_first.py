@@ -69,7 +69,7 @@ def layers_first(
     for level in thinned(groups.sweep.roomy, groups.left // (2 * len(MARGINS))):
         base = layers.best(level)
         if base is not None:
-            yield groups.raced(cut(groups.surrogate().table, groups.sweep, level, base.choice, layer_of))
+            yield groups.raced(cut(groups.features.predicted, groups.sweep, level, base.choice, layer_of))
 
 
 def summed(table: Floats, layer_of: NDArray[np.int64]) -> Floats:
