@@ -88,7 +88,8 @@ def cut(table: Floats, sweep: Sweep, level: float, base: Choice, layer_of: NDArr
     for bound in sweep.bounds:
         limits[bound.resource] = min(limits[bound.resource], bound.limit)
     prices = shadow_prices(losses, tied.costs, limits)
-    priced = np.sum([price * tied.costs[name].table for name, price in prices.items()], axis=0)
+    with np.errstate(invalid="ignore"):  # 0 × inf: what is closed stays so
+        priced = np.sum([price * tied.costs[name].table for name, price in prices.items()], axis=0)
     corrected = [table * factors(losses, priced, base, margin)[layer_of][:, None] for margin in MARGINS]
     return [choice for one in corrected for choice in sweep.frontier(one, np.array([level]))]
 
