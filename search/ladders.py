@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 
 from search.expansion import Expansion
 from search.knapsack import relax
-from search.sweep import Choice, Sweep
+from search.sweep import Choice, Sweep, thinned
 
 Floats = NDArray[np.float64]
 
 REACHES = (1 / 40, 1 / 20, 1 / 10, 1 / 5)
 """Of what lies between a layer's cheapest and dearest mixture: how far it may go at once."""
+
+MOST_RUNGS = 128
+"""Of a layer: three within the shortest reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +37,11 @@ class Ladders:
     @classmethod
     def of(cls, table: Floats, cost: Floats, layer_of: NDArray[np.int64]) -> Ladders:
         """By the predictions of a metric, or several, and the costs, units × schemes; `layer_of` numbers each unit's
-        layer. Of every layer the breakpoints of its own relaxed knapsack, which are wholes."""
+        layer. Of every layer the breakpoints of its own relaxed knapsack, which are wholes; of many some, evenly."""
         units = [np.flatnonzero(layer_of == layer) for layer in range(int(layer_of.max()) + 1)]
         relaxed = [relax(table[of], cost[of]) for of in units]
-        return cls(units, [np.array([one.choice(k) for k in range(len(one.costs))]) for one in relaxed])
+        places = [thinned(range(len(one.costs)), MOST_RUNGS) for one in relaxed]
+        return cls(units, [np.array([one.choice(k) for k in at]) for one, at in zip(relaxed, places, strict=True)])
 
     def neighbours(self, near: Expansion, sweep: Sweep, level: float) -> list[tuple[Choice, float]]:
         """The choices within `level` that add least to the loss where every layer moves along its ladder so far and no

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from search.budget import Bound
 from search.cost import Cost
 from search.expansion import Expansion
-from search.ladders import REACHES, Ladders
+from search.ladders import MOST_RUNGS, REACHES, Ladders
 from search.sweep import Sweep
 
 LAYER_OF = np.array([0, 0, 0, 1, 1, 1, 1, 2])
@@ -44,6 +44,17 @@ def test_no_mixture_that_costs_as_little_is_predicted_to_lose_less_than_a_rung(s
         climbed = BITS[of, rungs].sum(axis=1)
         assert (np.diff(climbed) > 0).all()
         assert (climbed[0], climbed[-1]) == (2 * len(of), 8 * len(of))
+
+
+def test_of_many_groups_some_rungs_are_kept_from_the_cheapest_to_the_dearest() -> None:
+    groups = 200
+    table = np.random.default_rng(0).lognormal(0, 1, (groups, 1)) * 4.0 ** -np.arange(4.0)
+    (rungs,) = Ladders.of(table, np.tile(BITS[0], (groups, 1)), np.zeros(groups, dtype=np.int64)).rungs
+    assert len(rungs) == MOST_RUNGS
+    assert (rungs[0] == 0).all()
+    assert (rungs[-1] == 3).all()
+    steps = np.diff(BITS[0, rungs].sum(axis=1))
+    assert steps.max() < 6 * groups / 40
 
 
 def test_a_closed_choice_is_on_no_rung() -> None:
