@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from limits.aio.storage import memory
 from sqlalchemy import URL, Engine, create_engine, event, make_url
 
 from api.app import create_app
@@ -47,6 +50,17 @@ def bearer(engine: Engine) -> Callable[..., dict[str, str]]:
         return {"Authorization": f"Bearer {create_key(engine, name, {scope}, **limits)[1]}"}
 
     return make
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The clock of what was asked within a minute, in seconds; it stands still unless a test sets its `now`.
+
+    When a minute of the real clock ends between two requests, some of what was spent is given back.
+    """
+    clock = SimpleNamespace(now=time.time())
+    monkeypatch.setattr(memory, "time", SimpleNamespace(time=lambda: clock.now))
+    return clock
 
 
 @pytest.fixture

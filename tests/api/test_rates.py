@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
 
 from api.rates import FAILURES_PER_MINUTE, Rates
 from api.refusals import TooManyRequests
+
+pytestmark = pytest.mark.usefixtures("clock")
 
 Bearer = Callable[..., dict[str, str]]
 
@@ -75,6 +78,25 @@ def test_addresses_are_held_off_apart_and_ipv6_by_network() -> None:
             await rates.check_failures(address)
 
     asyncio.run(guess(Rates()))
+
+
+def test_what_was_asked_is_forgotten_little_by_little(clock: SimpleNamespace) -> None:
+    async def granted(rates: Rates) -> int:
+        for number in range(FAILURES_PER_MINUTE + 1):
+            try:
+                await rates.check_failures("192.0.2.1")
+            except TooManyRequests:
+                return number
+            await rates.count_failure("192.0.2.1")
+        return FAILURES_PER_MINUTE + 1
+
+    async def over_minutes() -> list[int]:
+        rates, granted_at = Rates(), []
+        for clock.now in (59.0, 61.0, 90.0, 240.0):
+            granted_at.append(await granted(rates))
+        return granted_at
+
+    assert asyncio.run(over_minutes()) == [FAILURES_PER_MINUTE, 1, FAILURES_PER_MINUTE // 2 - 1, FAILURES_PER_MINUTE]
 
 
 def test_open_service_has_no_rates(client: TestClient) -> None:

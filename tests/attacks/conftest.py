@@ -23,7 +23,7 @@ from api.commands.service import api_command, free_port
 from api.documents import Problem
 from db.tables import Base
 from tests.api import examples
-from tests.api.conftest import OPEN
+from tests.api.conftest import OPEN, clock  # noqa: F401 - pytest looks for it here
 from tests.aside import PATIENCE, wait_until
 
 TABLES = tuple(Base.metadata.tables)

@@ -199,6 +199,7 @@ def test_no_scope_grows(keyed: TestClient, engine: Engine, make: Make) -> None:
     }
 
 
+@pytest.mark.usefixtures("clock")
 def test_guessing_keys_is_slow_and_locks_out_nobody_who_has_one(keyed: TestClient, make: Make) -> None:
     good = bearer(make("good"))
     assert keyed.get("/v1/searches", headers=good).status_code == 200
@@ -214,12 +215,15 @@ def test_guessing_keys_is_slow_and_locks_out_nobody_who_has_one(keyed: TestClien
 @pytest.mark.usefixtures("engine")
 def test_no_address_that_a_client_makes_up_is_believed_as_deployed(postgres_url: str) -> None:
     with api_process(postgres_url, BITFRONTIER_AUTH="keys") as (port, _), httpx.Client() as client:
-        guesses = [bearer("bf_x") | {"X-Forwarded-For": f"10.0.0.{at}"} for at in range(FAILURES_PER_MINUTE + 1)]
+        guesses = [bearer("bf_x") | {"X-Forwarded-For": f"10.0.0.{at}"} for at in range(2 * FAILURES_PER_MINUTE)]
         address = f"http://127.0.0.1:{port}/v1/searches"
         answers = [client.get(address, headers=headers).status_code for headers in guesses]
-    assert answers == [401] * FAILURES_PER_MINUTE + [429]
+    # The end of a minute of that process's clock may give some back.
+    assert answers[:FAILURES_PER_MINUTE] == [401] * FAILURES_PER_MINUTE
+    assert 429 in answers[FAILURES_PER_MINUTE:]
 
 
+@pytest.mark.usefixtures("clock")
 def test_a_busy_key_takes_nothing_from_another(keyed: TestClient, make: Make) -> None:
     busy, other = bearer(make("busy", rate_per_minute=3, max_open=1)), bearer(make("other"))
     statuses = [keyed.post("/v1/searches", json=BODY, headers=busy).status_code for _ in range(5)]
