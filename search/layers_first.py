@@ -115,11 +115,10 @@ def factors(losses: Floats, priced: Floats, choice: Choice, margin: float) -> Fl
 def _by_layers(groups: Refinement, space: Space, tables: Mapping[str, Floats], expand: ExpandIn | None) -> Refinement:
     """The refinement of whole layers. It knows what was measured of them, and has its share of what is left."""
     whole, layer_of = space.whole(), space.layer_of
-    firsts = np.unique(layer_of, return_index=True)[1]
     known = [
-        replace(trial, choice=trial.choice[firsts])
+        replace(trial, choice=choice)
         for trial in groups.trials
-        if (trial.choice == trial.choice[firsts][layer_of]).all()
+        if (choice := space.by_layers(trial.choice)) is not None
     ]
 
     def measure(choices: Sequence[Choice], batches: range) -> Sequence[Floats]:

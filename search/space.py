@@ -77,6 +77,12 @@ class Space:
         units = tuple(_joined([self.units[place] for place in of]) for of in members)
         return replace(self, units=units, allowed=self.allowed[firsts], pinned=self.pinned[firsts])
 
+    def by_layers(self, choice: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """The choice of the space of whole layers that is this one; None where parts of a layer differ."""
+        layer_of = self.layer_of
+        layers = choice[np.unique(layer_of, return_index=True)[1]]
+        return layers if (layers[layer_of] == choice).all() else None
+
     def uniform(self, scheme: Scheme) -> NDArray[np.int64] | None:
         """The choice that gives `scheme` to every unit that is not pinned; None where one cannot take it, or none is
         left to take it."""

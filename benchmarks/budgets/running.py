@@ -120,9 +120,8 @@ class Case:
 
     def _by_layers(self, choice: Choice) -> Choice:
         """The schemes of whole layers where their groups are alike: the study of whole layers may have measured it."""
-        layer_of = self.space.layer_of
-        whole: Choice = choice[np.unique(layer_of, return_index=True)[1]]
-        return whole if (whole[layer_of] == choice).all() else choice
+        layers = self.space.by_layers(choice)
+        return choice if layers is None else layers
 
     def _keep(self, line: dict[str, Any]) -> None:
         self._known[line["key"]] = line

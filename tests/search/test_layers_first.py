@@ -50,6 +50,15 @@ class TestWholeLayers:
         assert one.whole().units == one.units
         assert one.layer_of.tolist() == list(range(len(one.units)))
 
+    def test_a_choice_is_one_of_whole_layers_where_no_parts_of_one_differ(self) -> None:
+        by_layers = np.arange(len(LAYERWISE.units)) % 3
+        found = GROUPS.by_layers(by_layers[OF])
+        assert found is not None
+        assert found.tolist() == by_layers.tolist()
+        parted = by_layers[OF]
+        parted[-1] = 3
+        assert GROUPS.by_layers(parted) is None
+
     def test_what_they_cost_is_what_their_groups_cost(self) -> None:
         for name, of_layers in cost_tables(LAYERWISE, MODEL).items():
             np.testing.assert_allclose(summed(COSTS[name].table, OF), of_layers.table)
@@ -122,7 +131,6 @@ class World:
         self.samples = rng.lognormal(0, 0.1, sum(SIZES))
         self.measured = 0.0
         self.expanded: list[tuple[int, Choice]] = []
-        self.seen: list[Choice] = []
 
     def loss(self, choices: Sequence[Choice]) -> np.ndarray:
         return self.truth[np.arange(len(OF)), np.array(choices)].sum(axis=1)
@@ -131,7 +139,6 @@ class World:
         ends = np.append(0, np.cumsum(SIZES))
         part = self.samples[ends[batches.start] : ends[batches.stop]] / self.samples.mean()
         self.measured += len(choices) * len(part) / sum(SIZES)
-        self.seen += choices
         return [loss * part for loss in self.loss(choices)]
 
     def expand(self, one: Space, choice: Choice) -> Expansion:
