@@ -66,6 +66,8 @@ def layers_first(
     yield new()
     for _ in layers.rounds():
         yield new()
+    # The last expansions may have found nothing to measure.
+    groups.spent = layers.spent
     for level in thinned(groups.sweep.roomy, groups.left // (2 * len(MARGINS))):
         base = layers.best(level)
         if base is not None:

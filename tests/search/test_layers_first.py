@@ -235,6 +235,19 @@ class TestLayersFirst:
         whole = [one for one in loop.trials if len(one.samples) == sum(SIZES)]
         assert len({one.choice.tobytes() for one in whole}) == len(whole)
 
+    def test_expansions_of_layers_that_find_nothing_are_charged_too(self) -> None:
+        class Free(World):
+            def __init__(self, seed: int) -> None:
+                super().__init__(seed)
+                self.proxy = self.truth = np.zeros_like(self.truth)
+
+        world = Free(5)
+        loop = world.begun(70)
+        for _ in layers_first(loop, GROUPS, {"proxy": world.proxy}, world.expand):
+            pass
+        assert {units for units, _ in world.expanded} == {len(LAYERWISE.units)}
+        assert loop.spent == pytest.approx(world.measured + CHARGE * len(world.expanded))
+
     @pytest.mark.parametrize("evaluations", [0, 4, 5, 6, 9])
     def test_few_evaluations_are_not_exceeded(self, evaluations: int) -> None:
         world = World(7)
