@@ -70,8 +70,9 @@ def _losses(runs: Sequence[Found]) -> list[dict[str, object]]:
 
 def _ratios(runs: Sequence[Found]) -> list[dict[str, object]]:
     rows = []
-    for ours in ("unrefined", "refined"):
-        for against in ("uniform", *PACKAGES, "best other"):
+    others = ("uniform", *PACKAGES, "best other")
+    for ours, all_others in {"unrefined": others, "refined": (*others, "unrefined")}.items():
+        for against in all_others:
             row: dict[str, object] = {"": f"{ours} ÷ {METHODS.get(against, against)}"}
             for budget in BUDGETS:
                 row[f"{budget:g}"] = _ratio(runs, ours, against, budget)
