@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from search.budget import TOLERANCE
 from search.expansion import Expansion
 from search.knapsack import relax
 from search.sweep import Choice, Sweep, thinned
@@ -77,7 +78,7 @@ class Ladders:
 
 def _within(costs: Floats, reach: float) -> NDArray[np.bool_]:
     """Which places are within reach of a layer's first, or the next below it or above it; layers × places of costs."""
-    away = costs - costs[:, :1]
+    away = np.where(np.isclose(costs, costs[:, :1], rtol=TOLERANCE, atol=0), 0.0, costs - costs[:, :1])
     finite = np.isfinite(costs)
     span = np.where(finite, costs, -np.inf).max(axis=1) - costs.min(axis=1)
     above = np.where(away > 0, away, np.inf).min(axis=1)

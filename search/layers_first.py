@@ -68,10 +68,13 @@ def layers_first(
         yield new()
     # The last expansions may have found nothing to measure.
     groups.spent = layers.spent
-    for level in thinned(groups.sweep.roomy, groups.left // (2 * len(MARGINS))):
+    if levels := thinned(groups.sweep.roomy, groups.left // (2 * len(MARGINS))):
+        # One fit for all levels: of many groups it takes longer than measuring a small model.
+        fitted = groups.surrogate()
+    for level in levels:
         base = layers.best(level)
         if base is not None:
-            yield groups.raced(cut(groups.features.predicted, groups.sweep, level, base.choice, layer_of))
+            yield groups.raced(cut(groups.features.predicted, groups.sweep, level, base.choice, layer_of), fitted)
 
 
 def summed(table: Floats, layer_of: NDArray[np.int64]) -> Floats:

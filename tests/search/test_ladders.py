@@ -105,6 +105,19 @@ def test_none_within_reach_adds_less_where_there_is_room() -> None:
     assert least == pytest.approx(best)
 
 
+@pytest.mark.parametrize("unit", [1.0, 10.0])
+def test_the_next_rung_is_not_one_of_the_same_cost(unit: float) -> None:
+    """Whose costs may differ by what they are rounded by: in mean bits, and not in bytes."""
+    bits, choice = np.array([2.25, 4.25, 8.25]), np.array([1, 1, 2])
+    costs = np.tile(bits, (3, 1)) / unit
+    table = np.array([[2.19], [0.88], [0.52]]) * 4.0 ** -np.array([0.0, 2.0, 6.0])
+    ladders = Ladders.of(table, costs, np.zeros(3, dtype=np.int64))
+    dearest = float(costs[:, 2].sum())
+    dearer = Expansion(choice, -(bits - bits[choice][:, None])[None], np.zeros((3, 3)))
+    asked = Sweep({"cost": Cost("cost", costs, 0.0)}, [], "cost", np.array([dearest]))
+    assert [one.tolist() for one, _ in ladders.neighbours(dearer, asked, dearest)] == [[2, 2, 1]]
+
+
 def test_noise_of_single_groups_is_judged_by_their_layer() -> None:
     """Folds that contradict each other about two groups of twelve, and agree about their sum."""
     layer_of, costs, choice = np.zeros(12, dtype=np.int64), np.tile([2.0, 4.0], (12, 1)), np.zeros(12, dtype=np.int64)
