@@ -91,19 +91,26 @@ def topology(models: Path) -> Iterator[Topology]:
         created = found.run("bitfrontier", "keys", "create", "tests", "--scope", "admin", "--rate", "100000")
         assert created.returncode == 0, created.stderr
         found.key = re.search(r"bf_[A-Za-z0-9_-]{43}", created.stdout)[0]
+        apis = []
         for number in range(2):
             port = free_port()
-            found.start(f"api-{number}", "bitfrontier", "api", "--port", str(port), BITFRONTIER_AUTH="keys")
+            api = found.start(f"api-{number}", "bitfrontier", "api", "--port", str(port), BITFRONTIER_AUTH="keys")
             found.apis.append(f"http://127.0.0.1:{port}")
+            apis.append(api)
         assert ray.wait(PATIENCE) == 0, found.log("ray-head")
         for number in range(2):
             # The second brings a node of its own into the cluster, as a container must.
             join = ["join-ray"] if number else []
             worker = found.start(f"worker-{number}", *join, sys.executable, "-m", "workers", "run")
             found.workers[worker.pid] = worker
-        for number in range(2):
+        for number, api in enumerate(apis):
             with found.client(number) as client:
-                wait_until(lambda client=client: _answers(client), "an API answers", pause=0.1)
+                wait_until(
+                    lambda client=client, api=api: _answers(client) or api.poll() is not None,
+                    "an API answers",
+                    pause=0.1,
+                )
+            assert api.poll() is None, found.log(f"api-{number}")
         yield found
 
 
