@@ -48,9 +48,9 @@ def layers_first(
     `space` is that of `groups`, with the metrics' `tables` (units × schemes). Where all its units are whole there is
     nothing to do.
     """
-    layer_of = space.layer_of
-    if len(np.unique(layer_of)) == len(space.units):
+    if not space.splits_layers:
         return
+    layer_of = space.layer_of
     groups.ladders = Ladders.of(groups.features.predicted, groups.sweep.costs[groups.sweep.axis].table, layer_of)
     layers = _by_layers(groups, space, tables, expand)
     known = len(layers.trials)

@@ -69,6 +69,11 @@ class Space:
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
         return np.array([numbers[name] for name in names], dtype=np.int64)
 
+    @property
+    def splits_layers(self) -> bool:
+        """Whether parts of a layer are units."""
+        return len(np.unique(self.layer_of)) < len(self.units)
+
     def whole(self) -> Space:
         """The space in which the parts of a layer are one unit: that numbered `layer_of`."""
         layer_of = self.layer_of

@@ -124,11 +124,9 @@ def measure_baselines(measuring: Measuring, refinement: Refinement) -> None:
 
 def measure_proposals(measuring: Measuring, refinement: Refinement, proposals: Sequence[Choice]) -> None:
     """The points of the predicted frontiers, and, where the predictions are going to be corrected, some that would be
-    best if they erred."""
-    request = measuring.run.request
-    drawn, bits = first(refinement.left)[1], measuring.profile.costs["avg_bits"]
-    if request.optimizer.method == "ilp":
-        drawn = 0
+    best if they erred: of whole layers only, as a few say nothing of thousands of groups."""
+    bits, predicted_only = measuring.profile.costs["avg_bits"], measuring.run.request.optimizer.method == "ilp"
+    drawn = 0 if predicted_only or measuring.profile.space.splits_layers else first(refinement.left)[1]
     measuring.enter("measure", len(proposals) + drawn)
     for start in range(0, len(proposals), refinement.together):
         measuring.add(refinement.whole(proposals[start : start + refinement.together], "ilp"))

@@ -166,6 +166,14 @@ class TestBlocks:
 class TestChannels:
     """Granularity `channels`: groups of output channels of each linear layer are units."""
 
+    @pytest.mark.parametrize(("channels", "splits"), [(48, True), (10_000, False)])
+    def test_layers_are_split_unless_none_has_more_channels_than_a_group(self, channels: int, splits: bool) -> None:
+        assert space(decoder(), "generic", granularity="channels", channels=channels).splits_layers == splits
+
+    @pytest.mark.parametrize("granularity", ["layer", "block"])
+    def test_layers_and_blocks_are_not_split(self, granularity: str) -> None:
+        assert not space(decoder(), granularity=granularity).splits_layers
+
     def test_layers_are_cut_and_the_last_group_may_be_smaller(self) -> None:
         found = space(decoder(blocks=1), "generic", granularity="channels", channels=48)
         shapes = {unit.name.rpartition(".")[2]: unit.layers[0].rows for unit in found.units}

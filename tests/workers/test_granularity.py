@@ -75,6 +75,8 @@ def test_groups_of_channels_are_refined_by_whole_layers_first(digits: Engine) ->
     layers = [one for one, alike in zip(found, whole, strict=True) if alike and one.source != "uniform"]
     assert proposed
     assert layers
+    # Of so many groups a few drawn configurations say nothing.
+    assert not any(one.label.startswith("drawn") for one in found)
     assert min(one.number for one in layers) > max(one.number for one in proposed)
     cut = [one for one, alike in zip(found, whole, strict=True) if not alike and one.source == "refined"]
     assert any(one.number > max(other.number for other in layers) for one in cut)
