@@ -47,6 +47,9 @@ SMALLEST = 1e-3
 MOST_CHOICES = 20_000
 """Where layers and schemes make more choices, there are no effects of single layers."""
 
+AT_ONCE = 1_000_000
+"""Units of so many configurations are looked at together: what is computed of each takes a hundred bytes."""
+
 STEPS = 20
 LONGEST_STEP = 2.0
 SHORTEST_STEP = 1e-3
@@ -212,9 +215,15 @@ class Surrogate:
 
     def _linearized(self, choices: Choices) -> tuple[Floats, Floats]:
         """log loss of configurations, and its derivatives with respect to the parameters."""
+        corrected, parts = self.features.corrected(self.mode[:-1]), -(-choices.size // AT_ONCE)
+        found = [self._linearized_in(corrected, part) for part in np.array_split(choices, max(1, parts))]
+        means, derivatives = zip(*found, strict=True)
+        return np.concatenate(means), np.concatenate(derivatives)
+
+    def _linearized_in(self, corrected: Floats, choices: Choices) -> tuple[Floats, Floats]:
         count, units = choices.shape
         at = np.arange(units), choices
-        logs = self.features.corrected(self.mode[:-1])[at]
+        logs = corrected[at]
         largest = logs.max(axis=1, keepdims=True).clip(min=-700)
         shares = np.exp(logs - largest)
         totals = shares.sum(axis=1, keepdims=True).clip(min=1e-300)

@@ -80,6 +80,19 @@ def test_one_measurement_moves_the_scale_and_not_how_layers_compare(space: Space
     assert np.ptp(ratios) < 0.5 * np.abs(ratios).mean()
 
 
+def test_configurations_are_predicted_alike_together_and_a_few_at_a_time(
+    space: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of spaces so large that they do not fit into memory together."""
+    proxy, truth, power = world(space, 0)
+    known, unknown = drawn(space, 10, 1), drawn(space, 25, 2)
+    fitted = Surrogate.fit(Features.of(space, {"proxy": proxy}), known, measured(truth, power, known))
+    together = fitted.predict(unknown)
+    monkeypatch.setattr("search.surrogate.AT_ONCE", 3 * len(space.units))
+    assert np.array_equal(fitted.predict(unknown), together)
+    assert all(len(part) == 0 for part in fitted.predict(unknown[:0]))
+
+
 def test_draws_spread_as_the_prediction_says(space: Space) -> None:
     proxy, truth, power = world(space, 0)
     known, unknown = drawn(space, 30, 1), drawn(space, 20, 2)
