@@ -155,8 +155,8 @@ def compare(case: Case, found: Found, rival: Name) -> None:
 
 
 def refine(case: Case, found: Found) -> None:
-    """Refine and accept as `workers.pipeline` does: baselines, predicted frontier, draws, rounds. Of groups of channels
-    whole layers come before their predicted frontier, so that they are those of the study of whole layers."""
+    """Refine and accept as `workers.pipeline` does: baselines, predicted frontier, draws, of groups of channels whole
+    layers, rounds."""
     tables = {METRIC: case.table()}
     features, expand = Features.of(case.space, tables), partial(case.expand, case.space)
     case.spent.clear()
@@ -166,12 +166,12 @@ def refine(case: Case, found: Found) -> None:
             case.sweep, features, case.measure, case.sizes, case.study.evaluations, case.seed, expand=expand
         )
         loop.whole(case.uniform, "uniform")
+        if case.space.splits_layers:
+            loop.whole(loop.sweep.frontier(loop.surrogate().table), "ilp")
+        else:
+            loop.begin(())
         for trials in layers_first(loop, case.space, tables, case.expand):
             print(f"  {loop.spent:.1f} evaluations, {len(trials)} more", flush=True)
-        if loop.ladders is None:
-            loop.begin(())
-        else:
-            loop.whole(loop.sweep.frontier(loop.surrogate().table), "ilp")
         for trials in loop.rounds():
             print(f"  {loop.spent:.1f} evaluations, gain {loop.gain:.2g}, {len(trials)} more", flush=True)
         # Fitting takes its time now, measuring took it when it was measured.

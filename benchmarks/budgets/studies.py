@@ -113,7 +113,7 @@ STUDIES = {
             name="smollm2-channels",
             title="SmolLM2-135M, 2 430 groups of 64 output channels",
             channels=64,
-            evaluations=165,
+            evaluations=172,
             layers=SMOLLM2,
         ),
     )
