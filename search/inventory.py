@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -57,13 +57,6 @@ class Layer:
         """
         channels = whole_and_channels(name)[1]
         return self if channels is None else self.part(channels)
-
-
-def joined(parts: Sequence[Layer]) -> Layer:
-    """The layer that was cut into `parts`, all of them in order: the inverse of `Layer.part`."""
-    name = whole_and_channels(parts[0].name)[0]
-    rows, macs = sum(part.rows for part in parts), sum(part.macs for part in parts)
-    return replace(parts[0], name=name, rows=rows, macs=macs)
 
 
 @dataclass(frozen=True, slots=True)

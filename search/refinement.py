@@ -35,8 +35,8 @@ CALM = 1e-4
 DRAWN = 1 / 3
 """Of the first measurements, the share that are drawn at random, so that the errors of the predictions show."""
 
-SHARE, LADDER_SHARE = 9, 6
-"""A level is expanded if so many evaluations are there for each; along ladders there is little else to spend on."""
+SHARE = 9
+"""A level is expanded if so many evaluations are there for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Refinement:
     together: int = TOGETHER
     expand: Expand | None = None
     ladders: Ladders | None = None
-    """Along these an expanded configuration moves; without, unit by unit."""
+    """Of groups of channels: along these an expanded configuration moves; without, unit by unit."""
     trials: list[Trial] = field(default_factory=list)
     spent: float = 0.0
     gain: float = np.inf
@@ -118,11 +118,10 @@ class Refinement:
         ]
 
     def rounds(self) -> Iterator[list[Trial]]:
-        """Propose, race and fit until the evaluations are spent or nothing promises anything; the trials of each
-        round."""
+        """Expand, propose, race and fit until the evaluations are spent or nothing promises anything; the trials of
+        each round."""
         calm, expanded = 0, set[bytes]()
-        share = SHARE if self.ladders is None else LADDER_SHARE
-        visits = dict.fromkeys(thinned(self.sweep.roomy, self.left // share), 0)
+        visits = dict.fromkeys(thinned(self.sweep.roomy, self.left // SHARE), 0)
         while self.left:
             level, base = self._unexpanded(visits, expanded)
             if base is not None:
@@ -130,8 +129,8 @@ class Refinement:
                 expanded.add(base.choice.tobytes())
                 if new := self._neighbours(base, level):
                     yield self.raced(new)
-                if visits[level] == 1:
-                    # One expansion of every level buys more than anything else.
+                if visits[level] == 1 or self.ladders is not None:
+                    # One expansion of every level buys more than anything else; of thousands of groups every one does.
                     continue
             if calm < 2 and self.left:
                 fitted = self.surrogate()

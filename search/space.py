@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import translate
 from functools import lru_cache
 from math import ceil
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.errors import InvalidRequest, UnsupportedModel
-from search.inventory import Inventory, Layer, joined, whole_and_channels
+from search.inventory import Inventory, Layer, whole_and_channels
 from search.request import SpaceRequest
 from search.scheme import FULL_PRECISION, Scheme
 from search.targets import Target
@@ -73,20 +73,6 @@ class Space:
     def splits_layers(self) -> bool:
         """Whether parts of a layer are units."""
         return len(np.unique(self.layer_of)) < len(self.units)
-
-    def whole(self) -> Space:
-        """The space in which the parts of a layer are one unit: that numbered `layer_of`."""
-        layer_of = self.layer_of
-        firsts = np.unique(layer_of, return_index=True)[1]
-        members = [np.flatnonzero(layer_of == number).tolist() for number in range(len(firsts))]
-        units = tuple(_joined([self.units[place] for place in of]) for of in members)
-        return replace(self, units=units, allowed=self.allowed[firsts], pinned=self.pinned[firsts])
-
-    def by_layers(self, choice: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """The choice of the space of whole layers that is this one; None where parts of a layer differ."""
-        layer_of = self.layer_of
-        layers = choice[np.unique(layer_of, return_index=True)[1]]
-        return layers if (layers[layer_of] == choice).all() else None
 
     def uniform(self, scheme: Scheme) -> NDArray[np.int64] | None:
         """The choice that gives `scheme` to every unit that is not pinned; None where one cannot take it, or none is
@@ -170,14 +156,6 @@ def _cut(unit: Unit, channels: int) -> list[Unit]:
     starts = range(0, layer.rows, channels)
     parts = [layer.part(range(start, min(start + channels, layer.rows))) for start in starts]
     return [Unit(part.name, (part,)) for part in parts]
-
-
-def _joined(parts: list[Unit]) -> Unit:
-    """The unit that was cut into `parts`; a unit that was not is its only one."""
-    if len(parts) == 1:
-        return parts[0]
-    layer = joined([part.layers[0] for part in parts])
-    return Unit(layer.name, (layer,))
 
 
 def _groups(unit: Unit, channels: int) -> int:

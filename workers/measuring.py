@@ -22,7 +22,6 @@ from search.prices import share_prices
 from search.proposals import Drafts, judge
 from search.racing import stops
 from search.refinement import Trial
-from search.space import Space
 from search.surrogate import Surrogate
 from search.sweep import Choice, Sweep
 from workers.calibration import Split
@@ -90,13 +89,13 @@ class Measuring:
         rows = [results[start : start + len(parts)] for start in range(0, len(results), len(parts))]
         return [np.concatenate([part["loss"] for part in row]) for row in rows]
 
-    def expand(self, space: Space, choice: Choice) -> Expansion:
-        """`search.layers_first.ExpandIn`, at so many evaluations."""
+    def expand(self, choice: Choice) -> Expansion:
+        """`search.expansion.Expand`, at so many evaluations."""
 
         def compute(task: Task, items: Sequence[Item]) -> list[Result]:
             return self.run.compute(task, items, self._stage, part=(*self._progress, CHARGE / len(items)))
 
-        found = expansion(compute, space, self.profile.batch_sizes, choice)
+        found = expansion(compute, self.profile.space, self.profile.batch_sizes, choice)
         self._progress = (self._progress[0] + CHARGE, self._progress[1])
         return found
 

@@ -8,11 +8,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
-from itertools import chain
 
 import numpy as np
-from numpy.typing import NDArray
 from optuna.exceptions import OptunaError
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,7 +22,7 @@ from db.studies import study_name, study_storage
 from search.agreement import spearman
 from search.candidate import Candidate
 from search.evolution import Evolution
-from search.layers_first import layers_first
+from search.ladders import Ladders
 from search.proposals import Drafts, baselines
 from search.reference import reference
 from search.refinement import TOGETHER, Refinement, first
@@ -73,7 +70,7 @@ def run_search(
     if request.optimizer.method == "evolution":
         evolve(measuring, refinement)
     elif request.optimizer.method != "ilp":
-        refine(measuring, refinement, tables)
+        refine(measuring, refinement)
     surrogate = refinement.surrogate()
     look_back(measuring, surrogate)
     measuring.accept()
@@ -93,9 +90,11 @@ def begin(run: Run, profile: Profile, tables: dict[str, Table]) -> tuple[Measuri
     nothing = np.zeros((0, len(space.units)), dtype=np.int64)
     drafts = Drafts(space, profile.costs, predicting(profile, tables, nothing, np.zeros(0)))
     measuring = Measuring(run, profile, sweep, drafts)
+    features = Features.of(space, {metric: table.values.to_numpy() for metric, table in tables.items()})
+    by_cost = profile.costs[sweep.axis].table
     refinement = Refinement(
         sweep,
-        Features.of(space, values_of(tables)),
+        features,
         measuring.measure,
         profile.batch_sizes,
         # A search whose baselines all miss the budget has nothing to show without one proposal.
@@ -103,14 +102,10 @@ def begin(run: Run, profile: Profile, tables: dict[str, Table]) -> tuple[Measuri
         seed=request.calibration.seed,
         most_loss=request.budgets.loss_increase or np.inf,
         together=max(run.evaluators, TOGETHER),
-        expand=partial(measuring.expand, space),
+        expand=measuring.expand,
+        ladders=Ladders.of(features.predicted, by_cost, space.layer_of) if space.splits_layers else None,
     )
     return measuring, refinement
-
-
-def values_of(tables: dict[str, Table]) -> dict[str, NDArray[np.float64]]:
-    """Each metric's predictions, units × schemes."""
-    return {metric: table.values.to_numpy() for metric, table in tables.items()}
 
 
 def measure_baselines(measuring: Measuring, refinement: Refinement) -> None:
@@ -124,7 +119,7 @@ def measure_baselines(measuring: Measuring, refinement: Refinement) -> None:
 
 def measure_proposals(measuring: Measuring, refinement: Refinement, proposals: Sequence[Choice]) -> None:
     """The points of the predicted frontiers, and, where the predictions are going to be corrected, some that would be
-    best if they erred: of whole layers only, as a few say nothing of thousands of groups."""
+    best if they erred; of thousands of groups a few would say nothing."""
     bits, predicted_only = measuring.profile.costs["avg_bits"], measuring.run.request.optimizer.method == "ilp"
     drawn = 0 if predicted_only or measuring.profile.space.splits_layers else first(refinement.left)[1]
     measuring.enter("measure", len(proposals) + drawn)
@@ -136,14 +131,11 @@ def measure_proposals(measuring: Measuring, refinement: Refinement, proposals: S
         measuring.add(refinement.whole(choices, "ilp"))
 
 
-def refine(measuring: Measuring, refinement: Refinement, tables: dict[str, Table]) -> None:
+def refine(measuring: Measuring, refinement: Refinement) -> None:
     """Correct the predictions with what is measured, and measure what then promises most, until the evaluations are
-    spent or nothing promises anything; of groups of output channels, whole layers first."""
+    spent or nothing promises anything."""
     measuring.enter("refine", refinement.left)
-    values = values_of(tables)
-    for trials in chain(
-        layers_first(refinement, measuring.profile.space, values, measuring.expand), refinement.rounds()
-    ):
+    for trials in refinement.rounds():
         measuring.add(trials)
     if refinement.left:
         measuring.run.notice(

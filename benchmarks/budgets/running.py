@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from search.allocation import layer_schemes
 from search.budget import TOLERANCE, Bound
 from search.cost import cost_tables
 from search.expansion import Expansion
-from search.layers_first import layers_first
+from search.ladders import Ladders
 from search.proposals import baselines
 from search.refinement import Refinement, Trial
 from search.space import Space
@@ -56,11 +55,8 @@ class Case:
         """Seconds of what was not kept."""
         digest = content_key([self.evaluator.loaded.digest, self.evaluator.data.digest, list(study.schemes)])
         (CACHE / "budgets").mkdir(parents=True, exist_ok=True)
-        self._file, *others = [
-            CACHE / "budgets" / f"{one.name}-{seed}-{digest[:16]}.jsonl" for one in (study, study.layers) if one
-        ]
-        known = [line for file in others for line in _lines(file) if "values" not in line]
-        self._known = {line["key"]: line for line in [*known, *_lines(self._file)]}
+        self._file = CACHE / "budgets" / f"{study.name}-{seed}-{digest[:16]}.jsonl"
+        self._known = {line["key"]: line for line in _lines(self._file)}
 
     def bits(self, choice: Choice) -> float:
         """Mean bits of a code."""
@@ -76,7 +72,7 @@ class Case:
     def samples(self, choice: Choice, split: Split, batches: range | None = None) -> Floats:
         """The losses of a choice on a split, or on some of its batches."""
         part = [batches.start, batches.stop] if batches else None
-        key = content_key([self._by_layers(choice).tolist(), split, part])
+        key = content_key([choice.tolist(), split, part])
         if key not in self._known:
             began = time.perf_counter()
             allocation = layer_schemes(self.space, choice)
@@ -100,13 +96,13 @@ class Case:
         """Of the calibration split: `search.racing.Measure`."""
         return [self.samples(choice, "calibration", batches) for choice in choices]
 
-    def expand(self, space: Space, choice: Choice) -> Expansion:
-        """`search.layers_first.ExpandIn`."""
+    def expand(self, choice: Choice) -> Expansion:
+        """`search.expansion.Expand`."""
 
         def compute(task: Task, items: Sequence[Item]) -> list[Result]:
             return [self._computed(task, item) for item in items]
 
-        return expansion(compute, space, self.sizes, choice)
+        return expansion(compute, self.space, self.sizes, choice)
 
     def _computed(self, task: Task, item: Item) -> Result:
         key = content_key([task.name, task.version, item])
@@ -117,11 +113,6 @@ class Case:
         self._spend("expansion", self._known[key]["seconds"])
         found: Result = self._known[key]["result"]
         return found
-
-    def _by_layers(self, choice: Choice) -> Choice:
-        """The schemes of whole layers where their groups are alike: the study of whole layers may have measured it."""
-        layers = self.space.by_layers(choice)
-        return choice if layers is None else layers
 
     def _keep(self, line: dict[str, Any]) -> None:
         self._known[line["key"]] = line
@@ -155,23 +146,28 @@ def compare(case: Case, found: Found, rival: Name) -> None:
 
 
 def refine(case: Case, found: Found) -> None:
-    """Refine and accept as `workers.pipeline` does: baselines, predicted frontier, draws, of groups of channels whole
-    layers, rounds."""
-    tables = {METRIC: case.table()}
-    features, expand = Features.of(case.space, tables), partial(case.expand, case.space)
+    """Refine and accept as `workers.pipeline` does: baselines, predicted frontier, draws (not of groups of channels),
+    rounds."""
+    features, split = Features.of(case.space, {METRIC: case.table()}), case.space.splits_layers
+    ladders = Ladders.of(features.predicted, case.cost.table, case.space.layer_of) if split else None
     case.spent.clear()
     began, measuring = time.perf_counter(), case.seconds_now
     with remembering(case.evaluator):
         loop = Refinement(
-            case.sweep, features, case.measure, case.sizes, case.study.evaluations, case.seed, expand=expand
+            case.sweep,
+            features,
+            case.measure,
+            case.sizes,
+            case.study.evaluations,
+            case.seed,
+            expand=case.expand,
+            ladders=ladders,
         )
         loop.whole(case.uniform, "uniform")
-        if case.space.splits_layers:
+        if split:
             loop.whole(loop.sweep.frontier(loop.surrogate().table), "ilp")
         else:
             loop.begin(())
-        for trials in layers_first(loop, case.space, tables, case.expand):
-            print(f"  {loop.spent:.1f} evaluations, {len(trials)} more", flush=True)
         for trials in loop.rounds():
             print(f"  {loop.spent:.1f} evaluations, gain {loop.gain:.2g}, {len(trials)} more", flush=True)
         # Fitting takes its time now, measuring took it when it was measured.

@@ -113,7 +113,7 @@ STUDIES = {
             name="smollm2-channels",
             title="SmolLM2-135M, 2 430 groups of 64 output channels",
             channels=64,
-            evaluations=172,
+            evaluations=120,
             layers=SMOLLM2,
         ),
     )

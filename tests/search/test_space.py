@@ -172,7 +172,16 @@ class TestChannels:
 
     @pytest.mark.parametrize("granularity", ["layer", "block"])
     def test_layers_and_blocks_are_not_split(self, granularity: str) -> None:
-        assert not space(decoder(), granularity=granularity).splits_layers
+        found = space(decoder(), granularity=granularity)
+        assert not found.splits_layers
+        assert found.layer_of.tolist() == list(range(len(found.units)))
+
+    def test_every_group_has_the_number_of_its_layer(self) -> None:
+        found = space(decoder(), "generic", granularity="channels", channels=48)
+        names = [layer.name for layer in space(decoder(), "generic").layers]
+        assert found.layer_of.max() == len(names) - 1
+        for unit, number in zip(found.units, found.layer_of, strict=True):
+            assert unit.name.partition("[")[0] == names[number]
 
     def test_layers_are_cut_and_the_last_group_may_be_smaller(self) -> None:
         found = space(decoder(blocks=1), "generic", granularity="channels", channels=48)
