@@ -2,8 +2,9 @@
 
 On data that the search has not seen, each configuration has to beat what stands already, at no greater cost, in a
 paired bootstrap over samples (Efron 1979); else what stands already keeps standing. Uniform configurations stand first,
-then what was predicted, then what was found by measuring: the more a configuration was chosen by its measured loss, the
-more it owes to luck. Among the first two, which were hardly chosen by it, the searched data are evidence as well.
+then what was predicted, then what was found by measuring, after few expansions before many: the more a configuration
+was chosen by its measured loss, the more it owes to luck. Among the first two, which were hardly chosen by it, the
+searched data are evidence as well.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from search.sweep import Choice, Sweep
 Floats = NDArray[np.float64]
 
 FOUND = 2
-"""The tier of what measuring found."""
+"""The tier of what measuring found; every expansion that led to it adds one."""
 
 RESAMPLES = 2000
 CONFIDENCE = 0.9
@@ -28,8 +29,8 @@ CONFIDENCE = 0.9
 
 
 def finalists(sweep: Sweep, choices: Sequence[Choice], losses: Floats, tiers: Sequence[int]) -> list[int]:
-    """Which of the measured configurations may be accepted: of every level the one of least loss, of all and of those
-    that were only predicted; and all uniform ones."""
+    """Which of the measured configurations may be accepted: for every level and tier the one of least loss up to both;
+    and all uniform ones."""
     costs, kept = sweep.totals(choices)[:, None], np.array([sweep.admits(choice) for choice in choices])
     chosen = {index for index, tier in enumerate(tiers) if tier == 0}
     for highest in sorted(set(tiers)):

@@ -49,12 +49,14 @@ class Trial:
     loss: float
     samples: Floats
     expected: tuple[float, float] | None = None
+    expansions: int = 0
+    """How many, one after the other, led to it, or to what it was to better."""
 
     @property
     def tier(self) -> int:
         """How much it may owe to luck: uniform configurations nothing, predicted ones little, those that measuring
-        found most."""
-        return {"uniform": 0, "ilp": 1}.get(self.source, FOUND)
+        found more, and most those that the gradient of the searched data was followed to again and again."""
+        return {"uniform": 0, "ilp": 1}.get(self.source, FOUND + self.expansions)
 
 
 @dataclass(slots=True)
@@ -128,7 +130,7 @@ class Refinement:
                 visits[level] += 1
                 expanded.add(base.choice.tobytes())
                 if new := self._neighbours(base, level):
-                    yield self.raced(new)
+                    yield self.raced(new, expansions=base.expansions + 1)
                 if visits[level] == 1 or self.ladders is not None:
                     # One expansion of every level buys more than anything else; of thousands of groups every one does.
                     continue
@@ -148,13 +150,17 @@ class Refinement:
             elif base is None:
                 return
 
-    def raced(self, choices: Sequence[Choice], fitted: Surrogate | None = None) -> list[Trial]:
+    def raced(
+        self, choices: Sequence[Choice], fitted: Surrogate | None = None, expansions: int | None = None
+    ) -> list[Trial]:
         """Measure new configurations, as many as are left, until what costs no more beats them; `fitted` says what is
-        expected of them."""
+        expected of them, and if it was not so many expansions that led to them, what they are to better counts."""
         new = self._new(choices)[: self.left]
         if not new:
             return []
-        return self._told(new, "refined", [self._rival(choice) for choice in new], fitted or self.surrogate())
+        return self._told(
+            new, "refined", [self._rival(choice) for choice in new], fitted or self.surrogate(), expansions
+        )
 
     def best(self, level: float) -> Trial | None:
         """Of the wholly measured configurations within all bounds and `level` that of least loss."""
@@ -187,16 +193,22 @@ class Refinement:
         return self._new([choice for choice, adds in found if adds < -CALM * base.loss])[: self.left]
 
     def _told(
-        self, choices: Sequence[Choice], source: Source, rivals: Sequence[Floats | None], fitted: Surrogate | None
+        self,
+        choices: Sequence[Choice],
+        source: Source,
+        rivals: Sequence[Trial | None],
+        fitted: Surrogate | None,
+        expansions: int | None = None,
     ) -> list[Trial]:
         expected: list[tuple[float, float] | None] = [None] * len(choices)
         if fitted is not None and any(trial.loss > 0 for trial in self.trials):
             means, deviations = fitted.predict(np.array(choices))
             expected = list(zip(means.tolist(), deviations.tolist(), strict=True))
-        outcomes = race(self.measure, choices, rivals, self.batch_sizes)
+        outcomes = race(self.measure, choices, [rival.samples if rival else None for rival in rivals], self.batch_sizes)
+        inherited = [rival.expansions if rival else 0 for rival in rivals]
         told = [
-            Trial(choice, source, outcome.loss, outcome.samples, before)
-            for choice, outcome, before in zip(choices, outcomes, expected, strict=True)
+            Trial(choice, source, outcome.loss, outcome.samples, before, led if expansions is None else expansions)
+            for choice, outcome, before, led in zip(choices, outcomes, expected, inherited, strict=True)
         ]
         self.trials += told
         self.spent += sum(charged(outcome, self.batch_sizes) for outcome in outcomes)
@@ -206,11 +218,11 @@ class Refinement:
         known = {trial.choice.tobytes() for trial in self.trials}
         return list({key: choice for choice in choices if (key := choice.tobytes()) not in known}.values())
 
-    def _rival(self, choice: Choice) -> Floats | None:
-        """The samples of the wholly measured configuration of least loss among those that cost no more."""
+    def _rival(self, choice: Choice) -> Trial | None:
+        """The wholly measured configuration of least loss among those that cost no more."""
         total = self.sweep.totals([choice])[0]
         cheaper = [trial for trial, cost in self._whole() if cost <= total]
-        return min(cheaper, key=lambda trial: trial.loss).samples if cheaper else None
+        return min(cheaper, key=lambda trial: trial.loss, default=None)
 
     def _whole(self) -> list[tuple[Trial, float]]:
         """What is measured on all the calibration data, and what it costs along the axis."""

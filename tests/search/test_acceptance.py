@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.acceptance import accepted, better, finalists
+from search.acceptance import FOUND, accepted, better, finalists
 from search.budget import Bound
 from search.cost import Cost
 from search.sweep import Sweep
@@ -84,3 +84,17 @@ def test_finalists_are_the_best_of_every_level_with_and_without_what_measuring_f
     tiers = [0, 0, 0, 1, 2, 2, 1]
     # All uniform ones, though one is over the budget; at level 5 a found and a predicted one, at 6 and 7 the found one.
     assert finalists(sweep, choices, losses, tiers) == [0, 1, 2, 3, 4, 5]
+
+
+def test_finalists_are_the_best_of_every_number_of_expansions_and_have_to_beat_those_of_fewer() -> None:
+    bits = np.tile([2.0, 3.0, 4.0], (2, 1))
+    sweep = Sweep({"bits": Cost("bits", bits, 0.0)}, [Bound("bits", "bits", 7.0)], "bits", np.array([7.0]))
+    choices = [np.array(choice) for choice in ([0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [2, 0])]
+    tiers = [0, FOUND, FOUND + 1, FOUND + 2, FOUND + 2, FOUND + 3]
+    assert finalists(sweep, choices, np.array([9.0, 5.0, 4.0, 6.0, 3.0, 2.0]), tiers) == [0, 1, 2, 4, 5]
+    # A second expansion that gains on the searched data only is refused, and does not stand in the third's way.
+    searched = np.array([[9.0], [5.0], [4.0], [3.0], [2.0]])
+    losses = np.array([[9.0] * 8, [5.0] * 8, [4.0] * 8, [4.5] * 8, [3.5] * 8])
+    costs = sweep.totals([choices[index] for index in (0, 1, 2, 4, 5)])[:, None]
+    stands = accepted(losses, costs, [tiers[index] for index in (0, 1, 2, 4, 5)], searched.repeat(8, axis=1))
+    assert stands.tolist() == [True, True, True, False, True]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from search.acceptance import FOUND
 from search.budget import Bound
 from search.cost import cost_tables
 from search.expansion import CHARGE, Expansion
@@ -219,12 +220,16 @@ class Entangled(World):
     def _error(self, choices: np.ndarray) -> np.ndarray:
         return self.errors[np.arange(len(self.errors)), choices].sum(axis=-2)
 
-    def refined(self, evaluations: int, *, expand: bool = True) -> Refinement:
+    def begun(self, evaluations: int, *, expand: bool = True) -> Refinement:
         uniform = list(baselines(DEEP_SPACE).values())
         sweep = Sweep.of(DEEP_COSTS, [Bound("avg_bits", "avg_bits", 4.5)], "avg_bits", 20, uniform)
         features = Features.of(DEEP_SPACE, {"proxy": self.proxy})
         loop = Refinement(sweep, features, self, SIZES, evaluations, expand=self.expand if expand else None)
         loop.begin(uniform)
+        return loop
+
+    def refined(self, evaluations: int, *, expand: bool = True) -> Refinement:
+        loop = self.begun(evaluations, expand=expand)
         for _ in loop.rounds():
             pass
         return loop
@@ -248,6 +253,26 @@ def test_an_expansion_is_charged_and_none_is_made_twice() -> None:
     assert len(world.expanded) == len({choice.tobytes() for choice in world.expanded}) > 1
     assert loop.spent == pytest.approx(world.measured + CHARGE * len(world.expanded))
     assert loop.spent <= 60
+
+
+def test_trials_count_the_expansions_that_led_to_them_or_to_what_they_were_to_better() -> None:
+    world = Entangled(1)
+    loop = world.begun(44)
+    assert {trial.tier for trial in loop.trials} == {0, 1}
+    proposed = expanded = 0
+    known = list(loop.trials)
+    for new in loop.rounds():
+        of = {trial.choice.tobytes(): trial.expansions for trial in known}
+        if len(world.expanded) > expanded:
+            counts = {of[choice.tobytes()] + 1 for choice in world.expanded[expanded:]}
+        else:
+            counts = set(of.values())
+            proposed += sum(trial.expansions > 0 for trial in new)
+        assert {trial.expansions for trial in new} <= counts
+        assert all(trial.tier == FOUND + trial.expansions for trial in new)
+        known, expanded = known + new, len(world.expanded)
+    assert expanded
+    assert proposed
 
 
 def test_few_evaluations_are_all_measurements() -> None:
