@@ -19,7 +19,17 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES = COMPOSE["services"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-WORKERS_ONLY = {"torch", "ray", "transformers", "safetensors", "gguf", "accelerate", "huggingface-hub", "pillow"}
+WORKERS_ONLY = {
+    "torch",
+    "scipy",
+    "ray",
+    "transformers",
+    "safetensors",
+    "gguf",
+    "accelerate",
+    "huggingface-hub",
+    "pillow",
+}
 
 
 def requirements(texts):

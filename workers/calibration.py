@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -40,13 +42,15 @@ class Data:
     """Three disjoint splits as batches, and a hash of what is in them.
 
     A batch has `input_ids` and `attention_mask` (samples × tokens) or `pixel_values` (samples × channels × height ×
-    width), and `labels` (samples) where the data set has them.
+    width), and `labels` (samples) where the data set has them. `documents` numbers, for every sample of the first
+    split, what it was cut from; where it is empty, each is of its own.
     """
 
     calibration: list[Batch]
     acceptance: list[Batch]
     held_out: list[Batch]
     digest: str
+    documents: tuple[int, ...] = ()
 
 
 def load_data(calibration: Calibration, loaded: LoadedModel) -> Data:
@@ -69,7 +73,7 @@ def load_data(calibration: Calibration, loaded: LoadedModel) -> Data:
     _check_length(calibration, loaded)
     generator = np.random.default_rng(calibration.seed)
     found = datasets.load(name)
-    samples = (
+    samples, documents = (
         _text_samples(found, name, calibration, loaded, generator)
         if loaded.is_text
         else _image_samples(found, name, calibration, loaded, generator)
@@ -86,15 +90,16 @@ def load_data(calibration: Calibration, loaded: LoadedModel) -> Data:
         )
     size = _batch_size(calibration, loaded)
     splits: list[list[Batch]] = []
+    origins: list[tuple[int, ...]] = []
     for start in range(0, len(SPLITS) * most, most):
-        pool = samples[start : start + most]
-        drawn = generator.choice(len(pool), calibration.samples, replace=False)
-        splits.append(_batches([pool[index] for index in sorted(drawn)], size, name, loaded))
+        drawn = sorted(start + generator.choice(most, calibration.samples, replace=False))
+        splits.append(_batches([samples[index] for index in drawn], size, name, loaded))
+        origins.append(tuple(documents[index] for index in drawn))
     output = _first_output(splits[0][0], name, loaded)
     if loaded.task != "embedding":
         _check_labels(list(chain(*splits)), output.shape[-1], name, loaded)
     calibrating, accepting, reporting = splits
-    return Data(calibrating, accepting, reporting, _digest(splits))
+    return Data(calibrating, accepting, reporting, _digest(splits), origins[0])
 
 
 def sample_count(batch: Batch) -> int:
@@ -126,7 +131,8 @@ def _processor_size(processor: object) -> tuple[int, int] | None:
 
 def _text_samples(
     found: Texts | Images, name: str, calibration: Calibration, loaded: LoadedModel, generator: np.random.Generator
-) -> list[Batch]:
+) -> tuple[list[Batch], Sequence[int]]:
+    """Samples, and the document that each is cut from, or begins in."""
     if not isinstance(found, Texts):
         raise _wrong_kind(name, "images", loaded)
     # What occurs twice would stand in two splits.
@@ -137,13 +143,16 @@ def _text_samples(
     if loaded.task == "causal-lm":
         separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         stream: list[int] = []
+        begins: list[int] = []
         for index in documents:
+            begins.append(len(stream))
             stream += [*tokenizer(found.documents[index], add_special_tokens=False)["input_ids"], *separator]
             if len(stream) >= most * length:
                 break
         whole = range(0, len(stream) - length + 1, length)
-        return [{"input_ids": torch.tensor(stream[start : start + length])} for start in whole]
-    samples: list[Batch] = []
+        samples = [{"input_ids": torch.tensor(stream[start : start + length])} for start in whole]
+        return samples, [int(documents[bisect_right(begins, start) - 1]) for start in whole]
+    samples, origins = [], []
     for index in documents:
         if len(samples) >= most:
             break
@@ -158,12 +167,13 @@ def _text_samples(
             if labels is not None:
                 sample["labels"] = torch.tensor(labels[index])
             samples.append(sample)
-    return samples
+            origins.append(int(index))
+    return samples, origins
 
 
 def _image_samples(
     found: Texts | Images, name: str, calibration: Calibration, loaded: LoadedModel, generator: np.random.Generator
-) -> list[Batch]:
+) -> tuple[list[Batch], Sequence[int]]:
     if not isinstance(found, Images):
         raise _wrong_kind(name, "text", loaded)
     samples = []
@@ -191,7 +201,7 @@ def _image_samples(
         if found.labels is not None:
             sample["labels"] = torch.tensor(int(found.labels[index]))
         samples.append(sample)
-    return samples
+    return samples, range(len(samples))
 
 
 def _preprocessed(image: Any, name: str, loaded: LoadedModel) -> Tensor:

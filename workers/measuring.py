@@ -25,6 +25,7 @@ from search.refinement import Trial
 from search.surrogate import Surrogate
 from search.sweep import Choice, Sweep
 from workers.calibration import Split
+from workers.margin import margin
 from workers.profiling import Profile
 from workers.run import Run
 from workers.sensitivity.expansion import expansion
@@ -54,6 +55,8 @@ class Measuring:
     candidates: list[Candidate] = field(default_factory=list)
     trials: dict[int, Trial] = field(default_factory=dict)
     """By the place of their candidates."""
+    _margins: list[float] = field(default_factory=list)
+    """Of the trials: how far the losses of two splits may be off by their documents."""
     _places: dict[bytes, int] = field(default_factory=dict)
     _shown: int = 0
     """So many measured candidates an attempt before this one has stored."""
@@ -111,6 +114,7 @@ class Measuring:
             bits = self.profile.costs["avg_bits"].total(trial.choice)
             at = self._place(trial.choice, trial.source, f"{trial.source}, {bits:.2f} bits")
             self.trials[at] = trial
+            self._margins.append(margin(trial.samples, self.profile.documents[: len(trial.samples)], LEVEL))
             told = replace(self.candidates[at], expected=self._expected(trial), metrics=self._searched(trial))
             self.candidates[at] = told
         self._judge()
@@ -193,12 +197,11 @@ class Measuring:
 
     def _expected(self, trial: Trial) -> dict[str, float]:
         """Of the loss on held-out data: as the fit expects it on the calibration data, and as far off as the two splits
-        may be by their samples alone."""
+        may be by their documents alone."""
         if trial.expected is None:
             return {}
         mean, deviation = trial.expected
-        apart = np.median([_relative_error(one.samples) for one in self.trials.values()]) if self.trials else 0.0
-        reach = NORMAL * sqrt(deviation**2 + 2 * float(apart) ** 2)
+        reach = sqrt((NORMAL * deviation) ** 2 + 2 * float(np.median(self._margins)) ** 2)
         return {"loss": exp(mean), "low": exp(mean - reach), "high": exp(mean + reach)}
 
     def _judge(self) -> None:
@@ -227,8 +230,3 @@ def coverage(candidates: Sequence[Candidate]) -> dict[str, float | int]:
     told = [one for one in candidates if one.loss is not None and one.expected and one.source != "uniform"]
     within = sum(one.expected["low"] <= (one.loss or 0.0) <= one.expected["high"] for one in told)
     return {"level": LEVEL, "within": within, "points": len(told)}
-
-
-def _relative_error(samples: Floats) -> float:
-    told = metrics({"loss": samples.tolist()})
-    return told["loss_stderr"] / told["loss"] if told["loss"] > 0 else 0.0

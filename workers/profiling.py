@@ -49,6 +49,8 @@ class Profile:
     axes: list[Resource]
     """The resources the frontier is drawn over; the search sweeps the first."""
     batch_sizes: tuple[int, ...]
+    documents: tuple[int, ...]
+    """What each sample of the calibration split was cut from."""
     forward_seconds: float
 
 
@@ -180,7 +182,8 @@ def profile_model(run: Run, pool_for: Callable[[EvaluatorSpec], Pool]) -> Profil
         run.summary["latency"] = latency.summary(inventory.digest)
     run.save()
     run.progress("profile", 1, 1)
-    return Profile(inventory, space, costs, bounds, over, tuple(about["batch_sizes"]), about["forward_seconds"])
+    batch_sizes, documents = tuple(about["batch_sizes"]), tuple(about["documents"])
+    return Profile(inventory, space, costs, bounds, over, batch_sizes, documents, about["forward_seconds"])
 
 
 def check_labels(request: SearchRequest, *, labelled: bool) -> None:

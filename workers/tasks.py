@@ -137,6 +137,7 @@ def _describe(evaluator: Evaluator, _item: Item) -> Result:
         "data_digest": evaluator.data.digest,
         "arithmetic": "kernels" if evaluator.kernels else "rounding",
         "batch_sizes": list(map(sample_count, batches)),
+        "documents": list(evaluator.data.documents or range(sum(map(sample_count, batches)))),
         "labelled": has_labels(evaluator.loaded.task, batches[0]),
         "full_precision": evaluator.measure({}),
         "forward_seconds": forward_seconds(evaluator),
@@ -173,7 +174,7 @@ def _measure(evaluator: Evaluator, item: Item) -> Result:
     return dict(evaluator.measure_samples(allocation.from_json(item["allocation"]), item["split"], batches))
 
 
-DESCRIBE = Task("describe", 1, _describe)
+DESCRIBE = Task("describe", 2, _describe)
 """Item: empty. Result: inventory, digest of the data, how it multiplies, sizes of the calibration batches, whether
 there are labels, full-precision metrics, the seconds of a forward pass over the calibration split, and the layers whose
 weights are `used_outside` of them."""

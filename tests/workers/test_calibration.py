@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from search.errors import InvalidCalibration
 from search.request import Calibration
 from tests import models
 from tests.workers.conftest import Loader
+from workers import datasets
 from workers.calibration import SPLITS, Data, load_data
 
 SMALL = Calibration(samples=6, sequence_length=32)
@@ -85,6 +87,24 @@ def test_an_encoder_reads_pieces_with_their_marks(loaded: Loader) -> None:
     for tokens in samples(load_data(SMALL, model), "calibration"):
         assert tokens[0] == model.preprocessor.cls_token_id
         assert tokens[-1] == model.preprocessor.sep_token_id
+
+
+@pytest.mark.parametrize("name", ["minilm", "tiny_llama"])
+def test_every_sample_to_search_on_is_known_by_the_document_that_it_begins_in(loaded: Loader, name: str) -> None:
+    model = loaded(name)
+    tokenizer = model.preprocessor
+    data = load_data(calibration(samples=24), model)
+    told, ends = samples(data, "calibration"), {tokenizer.eos_token_id, tokenizer.sep_token_id}
+    assert len(data.documents) == len(told) > len(set(data.documents)) > 1
+    for tokens, document in zip(told, data.documents, strict=True):
+        whole = tokenizer(datasets.load("python-docs").documents[document], add_special_tokens=False)["input_ids"]
+        begins = list(takewhile(lambda token: token not in ends, tokens[1:] if name == "minilm" else tokens))
+        assert begins in [whole[start : start + len(begins)] for start in range(len(whole))]
+
+
+def test_every_image_is_of_its_own(loaded: Loader, digits: tuple[Tensor, Tensor]) -> None:
+    data = load_data(calibration(dataset="digits"), loaded("digits_vit"))
+    assert len(set(data.documents)) == 6
 
 
 def test_labels_stay_with_their_texts(loaded: Loader, datasets_folder: Path) -> None:
