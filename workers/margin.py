@@ -1,4 +1,4 @@
-"""How far off a mean over samples may be, where samples come from few documents."""
+"""How far off the mean loss over samples may be, where samples come from few documents."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from scipy.special import stdtrit
 Floats = NDArray[np.float64]
 
 
-def margin(losses: Floats, documents: Sequence[int], level: float) -> float:
-    """How far the mean loss may be off by what its samples are, to either side and relative to it, at a confidence
-    `level`; 0 where there is nothing to tell it from.
+def margin(losses: Floats, beside: Floats, documents: Sequence[int], level: float) -> float:
+    """How far the ratio of the mean losses of two configurations may be off by what their samples are, to either side
+    and relative to it, at a confidence `level`; 0 where there is nothing to tell it from. With ones `beside`, that of
+    the mean loss itself.
 
     Samples of one document are alike, so that a mean of few documents is further off than its samples let expect: the
     jackknife leaves out one document after the other (Efron and Stein 1981), and what few of them tell is widened by
@@ -22,10 +23,10 @@ def margin(losses: Floats, documents: Sequence[int], level: float) -> float:
     its samples.
     """
     _, of = np.unique(documents if len(set(documents)) > 1 else np.arange(len(losses)), return_inverse=True)
-    sizes, mean = np.bincount(of), losses.mean()
-    if len(sizes) < 2 or mean <= 0:
+    sizes, rest = np.bincount(of), beside.sum() - np.bincount(of, weights=beside)
+    if len(sizes) < 2 or losses.sum() <= 0 or rest.min() <= 0:
         return 0.0
-    without = (losses.sum() - np.bincount(of, weights=losses)) / (len(losses) - sizes)
+    ratio, without = losses.sum() / beside.sum(), (losses.sum() - np.bincount(of, weights=losses)) / rest
     error = sqrt((1 - 1 / len(sizes)) * ((without - without.mean()) ** 2).sum())
     freedom = max(len(losses) ** 2 / (sizes**2).sum() - 1, 1.0)
-    return float(stdtrit(freedom, (1 + level) / 2) * error / mean)
+    return float(stdtrit(freedom, (1 + level) / 2) * error / ratio)

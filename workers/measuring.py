@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from math import exp, sqrt
+from math import exp, log, sqrt
 from typing import Any
 
 import numpy as np
@@ -55,8 +55,10 @@ class Measuring:
     candidates: list[Candidate] = field(default_factory=list)
     trials: dict[int, Trial] = field(default_factory=dict)
     """By the place of their candidates."""
+    _shifts: dict[int, float] = field(default_factory=dict)
+    """Of uniform configurations, by the place of their candidates: the logarithm of held-out ÷ calibration loss."""
     _margins: list[float] = field(default_factory=list)
-    """Of the trials: how far the losses of two splits may be off by their documents."""
+    """Of all others: how far the ratio of their loss to that of the uniform of nearest loss may be off by documents."""
     _places: dict[bytes, int] = field(default_factory=dict)
     _shown: int = 0
     """So many measured candidates an attempt before this one has stored."""
@@ -114,12 +116,20 @@ class Measuring:
             bits = self.profile.costs["avg_bits"].total(trial.choice)
             at = self._place(trial.choice, trial.source, f"{trial.source}, {bits:.2f} bits")
             self.trials[at] = trial
-            self._margins.append(margin(trial.samples, self.profile.documents[: len(trial.samples)], LEVEL))
+            if trial.expected is not None:
+                self._margins.append(self._margin(trial))
             told = replace(self.candidates[at], expected=self._expected(trial), metrics=self._searched(trial))
             self.candidates[at] = told
         self._judge()
         for trial in trials:
             self._tell(self.candidates[self._places[trial.choice.tobytes()]])
+
+    def anchor(self) -> None:
+        """Measure the uniform configurations on held-out data, too, as they are reported in any case: by as much as
+        they lose more or less there than on the calibration data, others are expected to."""
+        for at, told in self._samples([at for at, one in self.trials.items() if one.loss > 0], "held_out").items():
+            if (loss := metrics(told)["loss"]) > 0:
+                self._shifts[at] = log(loss / self.trials[at].loss)
 
     def predict_with(self, drafts: Drafts) -> None:
         """Predict all candidates anew."""
@@ -196,13 +206,22 @@ class Measuring:
         return found | ({"calibration_share": share} if share < 1 else {})
 
     def _expected(self, trial: Trial) -> dict[str, float]:
-        """Of the loss on held-out data: as the fit expects it on the calibration data, and as far off as the two splits
-        may be by their documents alone."""
+        """Of the loss on held-out data: as the fit expects it on the calibration data, more or less by what uniform
+        configurations of like losses lose there; and as far off as the two splits' ratios to those may be."""
         if trial.expected is None:
             return {}
         mean, deviation = trial.expected
-        reach = sqrt((NORMAL * deviation) ** 2 + 2 * float(np.median(self._margins)) ** 2)
+        if self._shifts:
+            losses, shifts = np.array(sorted((log(self.trials[at].loss), by) for at, by in self._shifts.items())).T
+            mean += float(np.interp(mean, losses, shifts))
+        reach = sqrt((NORMAL * deviation) ** 2 + 2 * float(np.mean(np.square(self._margins))))
         return {"loss": exp(mean), "low": exp(mean - reach), "high": exp(mean + reach)}
+
+    def _margin(self, trial: Trial) -> float:
+        uniform = (self.trials[at] for at in self._shifts)
+        near = min(uniform, key=lambda one: abs(log(one.loss / max(trial.loss, 1e-300))), default=None)
+        beside = np.ones(len(trial.samples)) if near is None else near.samples[: len(trial.samples)]
+        return margin(trial.samples, beside, self.profile.documents[: len(trial.samples)], LEVEL)
 
     def _judge(self) -> None:
         limit, over = self.run.request.budgets.loss_increase, self.profile.axes

@@ -115,6 +115,7 @@ def measure_baselines(measuring: Measuring, refinement: Refinement) -> None:
     for label, choice in uniform.items():
         measuring.propose([(label, choice)], "uniform")
         measuring.add(refinement.whole([choice], "uniform"))
+    measuring.anchor()
 
 
 def measure_proposals(measuring: Measuring, refinement: Refinement, proposals: Sequence[Choice]) -> None:

@@ -1,6 +1,8 @@
-"""How far off a mean may be: with samples of one document alike, by documents; with each its own, by samples."""
+"""How far off a mean, or a ratio of two, may be: by documents where their samples are alike, else by samples."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -8,7 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from workers.margin import margin
+from workers import margin as room
+
+
+def margin(losses: np.ndarray, documents: Sequence[int], level: float) -> float:
+    """Of the mean itself."""
+    return room.margin(losses, np.ones(len(losses)), documents, level)
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=40), st.sampled_from([0.5, 0.9, 0.99]))
@@ -49,3 +56,23 @@ def test_it_holds_as_often_as_it_says_where_documents_differ_and_by_samples_alon
         by_samples += bool(off <= margin(losses, range(len(losses)), 0.9) * losses.mean())
     assert 0.86 <= by_documents / 2000 <= 0.94
     assert by_samples / 2000 < 0.75
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=4, max_size=20), st.floats(0.1, 10))
+def test_what_loses_in_proportion_everywhere_is_known_exactly(losses: list[float], factor: float) -> None:
+    documents = [sample // 2 for sample in range(len(losses))]
+    assert room.margin(factor * np.array(losses), np.array(losses), documents, 0.9) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_ratio_holds_as_often_as_it_says_although_its_means_are_far_off_together() -> None:
+    generator = np.random.default_rng(1)
+    documents = np.repeat(range(10), 3)
+    within = narrower = 0
+    for _ in range(2000):
+        hard = np.exp(generator.normal(0, 0.5, 10)[documents])
+        one, other = (hard * np.exp(generator.normal(0, 0.1, 10)[documents]) for _ in range(2))
+        told = room.margin(one, other, documents.tolist(), 0.9)
+        within += bool(abs(one.mean() / other.mean() - 1) <= told * one.mean() / other.mean())
+        narrower += told < margin(one, documents.tolist(), 0.9) / 2
+    assert 0.86 <= within / 2000 <= 0.94
+    assert narrower > 1600
