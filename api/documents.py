@@ -204,8 +204,8 @@ class Point(_Document):
     predicted: dict[str, float]
     """Predicted loss by metric."""
     expected: dict[str, float]
-    """What all measurements before its own let expect of the held-out loss: `loss`, and the ends `low` and `high` of
-    its 90 % interval."""
+    """What all measurements before its own let expect of the held-out loss (`loss`), and the ends `low` and `high` of a
+    90 % interval, as wide as these and the documents of the calibration data leave it open."""
     shadow_prices: dict[str, float]
     """By how much the logarithm of the predicted loss falls for one more unit of each bounded resource (a byte, a bit,
     a bit operation), at the point's own costs: dx more save a share 1 − exp(−price·dx). Of the points of the frontier,

@@ -38,7 +38,8 @@ MARGIN = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Costs and log losses of measured configurations; beyond the `corner`, (cost, log loss), nothing counts."""
+    """Costs and log losses of measured configurations; beyond the `corner`, (cost, log loss), nothing counts. What
+    breaks a bound costs infinitely much."""
 
     costs: Floats
     logs: Floats
@@ -102,7 +103,8 @@ def propose(
     # What loses nothing cannot be bettered, and has no logarithm: far below everything else stands for it.
     logs = np.log(np.where(told, losses, losses[told].min() * LOSSLESS))
     height = MARGIN * float(np.ptp(logs)) if np.isfinite(most_loss) else 0.0
-    measured = Measured(sweep.totals(choices), logs, _corner(sweep, logs, most_loss), height)
+    costs = np.where([sweep.admits(choice) for choice in choices], sweep.totals(choices), np.inf)
+    measured = Measured(costs, logs, _corner(sweep, logs, most_loss), height)
     candidates = {
         choice.tobytes(): choice
         for choice in _candidates(surrogate, sweep, choices[measured.frontier], generator)

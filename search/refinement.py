@@ -164,11 +164,7 @@ class Refinement:
 
     def best(self, level: float) -> Trial | None:
         """Of the wholly measured configurations within all bounds and `level` that of least loss."""
-        within = [
-            trial
-            for trial, cost in self._whole()
-            if cost <= level * (1 + TOLERANCE) and self.sweep.admits(trial.choice)
-        ]
+        within = [trial for trial, cost in self._whole() if cost <= level * (1 + TOLERANCE)]
         return min(within, key=lambda trial: trial.loss, default=None)
 
     def _unexpanded(self, visits: Mapping[float, int], expanded: Set[bytes]) -> tuple[float, Trial | None]:
@@ -219,14 +215,15 @@ class Refinement:
         return list({key: choice for choice in choices if (key := choice.tobytes()) not in known}.values())
 
     def _rival(self, choice: Choice) -> Trial | None:
-        """The wholly measured configuration of least loss among those that cost no more."""
+        """The wholly measured configuration within all bounds of least loss among those that cost no more."""
         total = self.sweep.totals([choice])[0]
         cheaper = [trial for trial, cost in self._whole() if cost <= total]
         return min(cheaper, key=lambda trial: trial.loss, default=None)
 
     def _whole(self) -> list[tuple[Trial, float]]:
-        """What is measured on all the calibration data, and what it costs along the axis."""
-        whole = [trial for trial in self.trials if len(trial.samples) == sum(self.batch_sizes)]
+        """What is measured on all the calibration data and within all bounds, and what it costs along the axis."""
+        count = sum(self.batch_sizes)
+        whole = [one for one in self.trials if len(one.samples) == count and self.sweep.admits(one.choice)]
         return list(zip(whole, self.sweep.totals([trial.choice for trial in whole]).tolist(), strict=True))
 
     def _measured(self) -> tuple[NDArray[np.int64], Floats]:

@@ -40,6 +40,9 @@ LEVEL = 0.9
 NORMAL = 1.645
 """Of the intervals of what is expected, and the standard deviations that they reach to either side."""
 
+WIDEST = 50.0
+"""How far they reach in the logarithm at most: beyond, nothing is known either way."""
+
 
 @dataclass(slots=True)
 class Measuring:
@@ -55,10 +58,9 @@ class Measuring:
     candidates: list[Candidate] = field(default_factory=list)
     trials: dict[int, Trial] = field(default_factory=dict)
     """By the place of their candidates."""
-    _shifts: dict[int, float] = field(default_factory=dict)
-    """Of uniform configurations, by the place of their candidates: the logarithm of held-out ÷ calibration loss."""
-    _margins: list[float] = field(default_factory=list)
-    """Of all others: how far the ratio of their loss to that of the uniform of nearest loss may be off by documents."""
+    _anchors: dict[float, tuple[float, Floats]] = field(default_factory=dict)
+    """Of uniform configurations, by the logarithm of their calibration loss: that of held-out ÷ calibration loss, and
+    the losses of the calibration samples."""
     _places: dict[bytes, int] = field(default_factory=dict)
     _shown: int = 0
     """So many measured candidates an attempt before this one has stored."""
@@ -116,8 +118,6 @@ class Measuring:
             bits = self.profile.costs["avg_bits"].total(trial.choice)
             at = self._place(trial.choice, trial.source, f"{trial.source}, {bits:.2f} bits")
             self.trials[at] = trial
-            if trial.expected is not None:
-                self._margins.append(self._margin(trial))
             told = replace(self.candidates[at], expected=self._expected(trial), metrics=self._searched(trial))
             self.candidates[at] = told
         self._judge()
@@ -127,9 +127,10 @@ class Measuring:
     def anchor(self) -> None:
         """Measure the uniform configurations on held-out data, too, as they are reported in any case: by as much as
         they lose more or less there than on the calibration data, others are expected to."""
-        for at, told in self._samples([at for at, one in self.trials.items() if one.loss > 0], "held_out").items():
-            if (loss := metrics(told)["loss"]) > 0:
-                self._shifts[at] = log(loss / self.trials[at].loss)
+        for at, told in self._samples(list(self.trials), "held_out").items():
+            trial, loss = self.trials[at], metrics(told)["loss"]
+            if trial.loss > 0 and loss > 0:
+                self._anchors[log(trial.loss)] = log(loss / trial.loss), trial.samples
 
     def predict_with(self, drafts: Drafts) -> None:
         """Predict all candidates anew."""
@@ -152,10 +153,12 @@ class Measuring:
                 f"configurations are better; {FEW} or more are advised"
             )
         heard = self._samples([tried[index] for index in chosen], "acceptance")
-        costs = [[self.candidates[at].costs[name] for name in self.profile.axes] for at in heard]
+        costs = np.array([[self.candidates[at].costs[name] for name in self.profile.axes] for at in heard])
+        # What breaks a budget is at nobody's disposal, and no reason to refuse what keeps them all.
+        costs[[not self.sweep.admits(trials[index].choice) for index in chosen]] = np.inf
         losses = np.array([told["loss"] for told in heard.values()])
         samples = [trials[index].samples for index in chosen]
-        stands = accepted(losses, np.array(costs), [tiers[index] for index in chosen], samples)
+        stands = accepted(losses, costs, [tiers[index] for index in chosen], samples)
         reported = [tried[index] for index, stand in zip(chosen, stands, strict=True) if stand or not tiers[index]]
         self._progress = (len(chosen), len(chosen) + len(reported))
         told = self._samples(reported, "held_out")
@@ -210,18 +213,16 @@ class Measuring:
         configurations of like losses lose there; and as far off as the two splits' ratios to those may be."""
         if trial.expected is None:
             return {}
-        mean, deviation = trial.expected
-        if self._shifts:
-            losses, shifts = np.array(sorted((log(self.trials[at].loss), by) for at, by in self._shifts.items())).T
-            mean += float(np.interp(mean, losses, shifts))
-        reach = sqrt((NORMAL * deviation) ** 2 + 2 * float(np.mean(np.square(self._margins))))
-        return {"loss": exp(mean), "low": exp(mean - reach), "high": exp(mean + reach)}
-
-    def _margin(self, trial: Trial) -> float:
-        uniform = (self.trials[at] for at in self._shifts)
-        near = min(uniform, key=lambda one: abs(log(one.loss / max(trial.loss, 1e-300))), default=None)
-        beside = np.ones(len(trial.samples)) if near is None else near.samples[: len(trial.samples)]
-        return margin(trial.samples, beside, self.profile.documents[: len(trial.samples)], LEVEL)
+        (mean, deviation), measured = trial.expected, len(trial.samples)
+        shift, beside = 0.0, np.full(measured, 1 / measured)
+        if self._anchors:
+            logs = sorted(self._anchors)
+            weights = np.array([np.interp(mean, logs, one) for one in np.eye(len(logs))])
+            shift = float(weights @ [self._anchors[at][0] for at in logs])
+            beside = weights @ [_shares(self._anchors[at][1][:measured]) for at in logs]
+        by_documents = margin(_shares(trial.samples), beside, self.profile.documents[:measured], LEVEL)
+        reach = min(sqrt((NORMAL * deviation) ** 2 + 2 * by_documents**2), WIDEST)
+        return {"loss": exp(mean + shift), "low": exp(mean + shift - reach), "high": exp(mean + shift + reach)}
 
     def _judge(self) -> None:
         limit, over = self.run.request.budgets.loss_increase, self.profile.axes
@@ -242,10 +243,13 @@ class Measuring:
 
 
 def coverage(candidates: Sequence[Candidate]) -> dict[str, float | int]:
-    """How many of the reported losses lie within the interval that was expected before anything of them was measured.
-
-    Without the uniform configurations, of which the first are expected by nothing.
-    """
-    told = [one for one in candidates if one.loss is not None and one.expected and one.source != "uniform"]
+    """How many of the reported losses lie within the interval that was expected; of uniform ones nothing was."""
+    told = [one for one in candidates if one.loss is not None and one.expected]
     within = sum(one.expected["low"] <= (one.loss or 0.0) <= one.expected["high"] for one in told)
     return {"level": LEVEL, "within": within, "points": len(told)}
+
+
+def _shares(losses: Floats) -> Floats:
+    """Of the samples in the sum; equal ones where nothing is lost."""
+    total = float(losses.sum())
+    return losses / total if total > 0 else np.full(len(losses), 1 / len(losses))

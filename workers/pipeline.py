@@ -111,7 +111,7 @@ def begin(run: Run, profile: Profile, tables: dict[str, Table]) -> tuple[Measuri
 def measure_baselines(measuring: Measuring, refinement: Refinement) -> None:
     """The uniform configurations: what everything is compared with, and what first corrects the predictions."""
     uniform = baselines(measuring.profile.space)
-    measuring.enter("baselines", len(uniform))
+    measuring.enter("baselines", 2 * len(uniform))
     for label, choice in uniform.items():
         measuring.propose([(label, choice)], "uniform")
         measuring.add(refinement.whole([choice], "uniform"))

@@ -175,9 +175,9 @@ def _measure(evaluator: Evaluator, item: Item) -> Result:
 
 
 DESCRIBE = Task("describe", 2, _describe)
-"""Item: empty. Result: inventory, digest of the data, how it multiplies, sizes of the calibration batches, whether
-there are labels, full-precision metrics, the seconds of a forward pass over the calibration split, and the layers whose
-weights are `used_outside` of them."""
+"""Item: empty. Result: inventory, digest of the data, how it multiplies, sizes of the calibration batches, the
+documents of their samples, whether there are labels, full-precision metrics, the seconds of a forward pass over the
+calibration split, and the layers whose weights are `used_outside` of them."""
 
 MEASURE = Task("measure", 3, _measure, deploys=True)
 """Item: an `allocation` (layer → scheme text), a `split`, and the first and the end of its `batches` where not all are

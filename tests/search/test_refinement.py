@@ -1,6 +1,7 @@
 """The loop finds what predictions miss, charges what it measures, tells how sure it was, and stops."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,22 @@ def test_every_trial_keeps_the_budget_but_the_uniform_ones() -> None:
     loop = refinement(World(3), 30, bits=3.9)
     run(loop)
     assert all(loop.sweep.admits(trial.choice) for trial in loop.trials if trial.source != "uniform")
+
+
+def test_uniform_configurations_that_break_a_bound_keep_nothing_from_being_found() -> None:
+    """All but the cheapest break it, and lose so little that nothing within it could stand beside them."""
+    world = World(2)
+    world.samples = world.samples**0.2
+    world.truth[0] = [world.truth[:, 0].sum(), 0, 0, 0]
+    own = np.zeros_like(COSTS["avg_bits"].table)
+    own[0] = COSTS["avg_bits"].table[0]
+    costs = {**COSTS, "first": replace(COSTS["avg_bits"], resource="first", table=own)}
+    bounds = [Bound("avg_bits", "avg_bits", 5.0), Bound("first", "first", float(own[0, 0]))]
+    sweep = Sweep.of(costs, bounds, "avg_bits", 20, UNIFORM)
+    loop = Refinement(sweep, Features.of(SPACE, {"proxy": world.proxy}), world, SIZES, 40)
+    run(loop)
+    whole = [one for one in loop.trials if one.source == "refined" and len(one.samples) == sum(SIZES)]
+    assert sum(sweep.totals([one.choice for one in whole]) > sweep.totals(UNIFORM[1:2])[0]) >= 5
 
 
 def test_intervals_hold_what_they_promise() -> None:

@@ -15,7 +15,11 @@ from workers import margin as room
 
 def margin(losses: np.ndarray, documents: Sequence[int], level: float) -> float:
     """Of the mean itself."""
-    return room.margin(losses, np.ones(len(losses)), documents, level)
+    return ratio(losses, np.ones(len(losses)), documents, level)
+
+
+def ratio(losses: np.ndarray, beside: np.ndarray, documents: Sequence[int], level: float) -> float:
+    return room.margin(losses / losses.sum(), beside / beside.sum(), documents, level)
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=40), st.sampled_from([0.5, 0.9, 0.99]))
@@ -38,9 +42,8 @@ def test_of_one_document_the_samples_count() -> None:
     assert margin(losses, [7, 7, 7], 0.9) == margin(losses, [0, 1, 2], 0.9) > 0
 
 
-@pytest.mark.parametrize("losses", [[1.0], [0.0, 0.0], [-1e-9, 0.0]])
-def test_where_nothing_is_known_it_is_0(losses: list[float]) -> None:
-    assert margin(np.array(losses), range(len(losses)), 0.9) == 0.0
+def test_of_one_sample_nothing_is_known() -> None:
+    assert margin(np.ones(1), [0], 0.9) == 0.0
 
 
 def test_it_holds_as_often_as_it_says_where_documents_differ_and_by_samples_alone_it_does_not() -> None:
@@ -61,7 +64,14 @@ def test_it_holds_as_often_as_it_says_where_documents_differ_and_by_samples_alon
 @given(st.lists(st.floats(0.1, 10), min_size=4, max_size=20), st.floats(0.1, 10))
 def test_what_loses_in_proportion_everywhere_is_known_exactly(losses: list[float], factor: float) -> None:
     documents = [sample // 2 for sample in range(len(losses))]
-    assert room.margin(factor * np.array(losses), np.array(losses), documents, 0.9) == pytest.approx(0, abs=1e-9)
+    assert ratio(factor * np.array(losses), np.array(losses), documents, 0.9) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("least", [0.1, 1e-3, 1e-6, 1e-17, 0.0])
+def test_where_one_sample_carries_the_loss_little_is_known_and_no_less_the_more_it_carries(least: float) -> None:
+    beside = np.array([1.0, least, least, least])
+    told = ratio(np.ones(4), beside, range(4), 0.9)
+    assert 1 < ratio(np.ones(4), np.array([1.0, 0.2, 0.2, 0.2]), range(4), 0.9) < told < 5
 
 
 def test_a_ratio_holds_as_often_as_it_says_although_its_means_are_far_off_together() -> None:
@@ -71,8 +81,8 @@ def test_a_ratio_holds_as_often_as_it_says_although_its_means_are_far_off_togeth
     for _ in range(2000):
         hard = np.exp(generator.normal(0, 0.5, 10)[documents])
         one, other = (hard * np.exp(generator.normal(0, 0.1, 10)[documents]) for _ in range(2))
-        told = room.margin(one, other, documents.tolist(), 0.9)
-        within += bool(abs(one.mean() / other.mean() - 1) <= told * one.mean() / other.mean())
+        told = ratio(one, other, documents.tolist(), 0.9)
+        within += bool(abs(np.log(one.mean() / other.mean())) <= told)
         narrower += told < margin(one, documents.tolist(), 0.9) / 2
     assert 0.86 <= within / 2000 <= 0.94
     assert narrower > 1600

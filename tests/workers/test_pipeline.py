@@ -162,6 +162,15 @@ def test_what_is_reported_was_accepted_on_data_that_was_not_searched(shared: Eng
     assert all(len(values) == 3 for values in splits)
 
 
+def test_progress_ends_where_it_said(digits: Engine) -> None:
+    search = ask(digits, optimizer={"method": "ilp", "points": 4, "evaluations": 8})
+    work(digits)
+    told = [event.data for event in events_after(digits, search.id, 0) if event.kind == "progress"]
+    last = {data["stage"]: (data["done"], data["total"]) for data in told}
+    assert last["baselines"] == (8, 8)
+    assert all(data["done"] <= data["total"] for data in told)
+
+
 def test_predictions_carry_intervals_that_hold_the_losses_on_held_out_data(shared: Engine) -> None:
     coverage = []
     for seed in range(3):
@@ -196,6 +205,34 @@ def test_where_held_out_data_is_harder_all_is_expected_to_lose_more_as_the_unifo
     summary = get_search(digits, search.id).summary
     assert summary is not None
     assert summary["coverage"]["within"] >= 0.7 * summary["coverage"]["points"] > 2
+
+
+def test_where_one_sample_carries_most_of_the_loss_intervals_are_wide_and_finite(
+    changed: Callable[..., object], digits: Engine
+) -> None:
+    changed(lambda weights: [weight.mul_(20) for name, weight in weights.items() if name.startswith("classifier")])
+    calibration = {"dataset": "digits", "samples": 4}
+    search = ask(digits, model="changed", calibration=calibration, optimizer={"points": 8, "evaluations": 24})
+    work(digits)
+    assert get_search(digits, search.id).state == "succeeded"
+    ends = [one.expected["high"] / one.expected["low"] for one in candidates(digits, search.id) if one.expected]
+    assert 1 < max(ends) < 1e15
+
+
+def test_uniform_configurations_that_break_a_limit_stand_in_the_way_of_none(shared: Engine) -> None:
+    budgets = {"avg_bits": 7, "limits": {"classifier": {"avg_bits": 2.4}}}
+    search = ask(shared, optimizer={"points": 10, "evaluations": 40}, budgets=budgets)
+    work(shared)
+    heard = [one for one in candidates(shared, search.id) if "acceptance_loss" in one.metrics]
+    breaking = [one for one in heard if one.allocation["classifier"] != "w2a16"]
+    assert {one.source for one in breaking} == {"uniform"}
+    assert any(
+        uniform.costs["avg_bits"] < one.costs["avg_bits"]
+        and uniform.metrics["acceptance_loss"] < one.metrics["acceptance_loss"]
+        for one in heard
+        if one.on_frontier
+        for uniform in breaking
+    )
 
 
 def test_the_same_request_gives_the_same_frontier(shared: Engine, finished: Search, digits: Engine) -> None:
