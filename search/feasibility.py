@@ -42,12 +42,11 @@ def feasible_ranges(space: Space, costs: Mapping[Resource, Cost]) -> dict[str, R
 def check_feasible(costs: Mapping[Resource, Cost], bounds: Sequence[Bound]) -> None:
     """Refuse a bound that lies below what its resource can reach, and bounds that no allocation meets together.
 
-    Raises InfeasibleBudget, in the budgets' own units: with the smallest feasible value of the one; or with a minimal
+    Raises InfeasibleBudget, in the budgets' own units: with the smallest feasible value of each such; or with a minimal
     set of those that contradict each other (without any of them the others can be met) and the smallest value of each
     that the other budgets leave.
     """
-    for bound in bounds:
-        _check_alone(costs[bound.resource], bound)
+    _check_alone(costs, bounds)
     if _can_hold(costs, bounds):
         return
     conflict = minimal_conflict(costs, bounds)
@@ -78,16 +77,23 @@ def minimal_conflict(costs: Mapping[Resource, Cost], bounds: Sequence[Bound]) ->
     return conflict
 
 
-def _check_alone(cost: Cost, bound: Bound) -> None:
-    if bound.admits(cost.smallest):
+def _check_alone(costs: Mapping[Resource, Cost], bounds: Sequence[Bound]) -> None:
+    below = {bound.name: bound for bound in bounds if not bound.admits(costs[bound.resource].smallest)}
+    if not below:
         return
-    feasible = _rounded_up(bound.value(cost.smallest))
+    least = {name: _rounded_up(bound.value(costs[bound.resource].smallest)) for name, bound in below.items()}
+    value = {name: bound.value(bound.limit) for name, bound in below.items()}
+    told = [
+        f"{name} = {value[name]:g} is below what this space can reach; the smallest feasible value is "
+        f"{least[name]:g} {BUDGETS[bound.budget].unit}"
+        for name, bound in below.items()
+    ]
+    name, *others = below
     raise InfeasibleBudget(
-        f"{bound.name} = {bound.value(bound.limit):g} is below what this space can reach; "
-        f"the smallest feasible value is {feasible:g} {BUDGETS[bound.budget].unit}",
-        field=f"budgets.{bound.name}",
-        value=bound.value(bound.limit),
-        accepted={"minimum": feasible},
+        "; and ".join(told),
+        field="budgets" if others else f"budgets.{name}",
+        value=value if others else value[name],
+        accepted={"minimum": least if others else least[name]},
     )
 
 

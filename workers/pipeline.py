@@ -20,6 +20,7 @@ from db.retry import insist
 from db.searches import get_search
 from db.studies import study_name, study_storage
 from search.agreement import spearman
+from search.budget import Bound
 from search.candidate import Candidate
 from search.evolution import Evolution
 from search.ladders import Ladders
@@ -75,7 +76,7 @@ def run_search(
     look_back(measuring, surrogate)
     measuring.accept()
     measuring.price(surrogate)
-    tell_if_nothing_fits(run, measuring.candidates)
+    tell_if_nothing_fits(run, profile.bounds, measuring.candidates)
     run.summary["agreement"] = agreement(measuring.candidates)
     run.summary["evaluations"] = refinement.spent
     run.succeed()
@@ -112,6 +113,11 @@ def measure_baselines(measuring: Measuring, refinement: Refinement) -> None:
     """The uniform configurations: what everything is compared with, and what first corrects the predictions."""
     uniform = baselines(measuring.profile.space)
     measuring.enter("baselines", 2 * len(uniform))
+    if (asked := measuring.run.request.optimizer.evaluations) <= len(uniform):
+        measuring.run.notice(
+            f"optimizer.evaluations is {asked}: the {len(uniform)} uniform configurations, which are measured in any "
+            "case, leave none for others"
+        )
     for label, choice in uniform.items():
         measuring.propose([(label, choice)], "uniform")
         measuring.add(refinement.whole([choice], "uniform"))
@@ -191,13 +197,18 @@ def look_back(measuring: Measuring, surrogate: Surrogate) -> None:
     run.summary["reference"] = asdict(run.aside(lambda: reference(surrogate, measuring.sweep, space, errors)))
 
 
-def tell_if_nothing_fits(run: Run, candidates: Sequence[Candidate]) -> None:
+def tell_if_nothing_fits(run: Run, bounds: Sequence[Bound], candidates: Sequence[Candidate]) -> None:
     """A loss budget may turn out too tight only once everything is measured."""
-    losses = [candidate.loss for candidate in candidates if candidate.loss is not None]
-    if not any(candidate.fits for candidate in candidates) and losses:
+    reported = [one for one in candidates if one.loss is not None]
+    if not any(one.fits for one in candidates) and reported:
+        kept = [one for one in reported if all(bound.admits(one.costs[bound.resource]) for bound in bounds)]
+        least = min(one.loss for one in kept or reported if one.loss is not None)
+        among = " of those that keep the others" if kept and bounds else ""
         limit = run.request.budgets.loss_increase
         asked = f", and loss_increase = {limit:g} was asked for" if limit is not None else ""
-        run.notice(f"no measured configuration keeps every budget; the least measured loss is {min(losses):.3g}{asked}")
+        run.notice(
+            f"no measured configuration keeps every budget; the least measured loss{among} is {least:.3g}{asked}"
+        )
 
 
 def agreement(candidates: Sequence[Candidate]) -> dict[str, dict[str, float | int | None]]:

@@ -74,7 +74,8 @@ def _least(problem: Mapping[str, Any]) -> Table:
     accepted, value = problem.get("accepted") or {}, problem.get("value")
     name = str(problem.get("field") or "budgets").removeprefix("budgets.")
     asked = value if isinstance(value, dict) else {name: value}
-    least = accepted.get("minimum_given_the_others") or {name: accepted.get("minimum")}
+    least = accepted.get("minimum_given_the_others") or accepted.get("minimum")
+    least = least if isinstance(least, dict) else {name: least}
     table = Table("budget", box=None, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column("asked for", justify="right")
     table.add_column("smallest that can be", justify="right")

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 
@@ -17,20 +17,23 @@ UNITS = {"bits": ("avg_bits", 1.0), "MB": ("size_mb", 1.0), "GB": ("size_mb", 1e
 """A budget may be its amount: 70MB is size_mb=70."""
 MOST_DEPTH = 50
 """A request is nested so deep at most, far deeper than any that is accepted."""
+Value = TypeVar("Value")
+
 AMOUNT = re.compile(rf"([0-9]+(?:\.[0-9]+)?) ?({'|'.join(UNITS)})")
 
 
 def budgets(texts: list[str], option: str = "--budget") -> dict[str, float | str]:
-    """Budgets by name, of `avg_bits=4.25` or `70MB`. Raises BadParameter for what is neither."""
+    """Budgets by name, of `avg_bits=4.25` or `70MB`. Raises BadParameter for what is neither, and for a second one of
+    the same name."""
     found: dict[str, float | str] = {}
     for text in texts:
         amount = AMOUNT.fullmatch(text)
         name, equals, value = text.partition("=")
         if amount:
             name, scale = UNITS[amount[2]]
-            found[name] = float(amount[1]) * scale
+            _add(found, name, float(amount[1]) * scale, option)
         elif name and equals and value:
-            found[name] = number(value, name, option)
+            _add(found, name, number(value, name, option), option)
         else:
             accepted = f"NAME=VALUE such as avg_bits=4.25, or an amount in {', '.join(UNITS)}"
             raise typer.BadParameter(f"'{text}' is no budget; accepted: {accepted}", param_hint=option)
@@ -47,7 +50,8 @@ def numbers(texts: list[str], option: str) -> dict[str, float]:
 
 
 def limits(texts: list[str]) -> dict[str, dict[str, float | str]]:
-    """Limits by pattern and name, of `*.down_proj:avg_bits=6.25`. Raises BadParameter for what is none."""
+    """Limits by pattern and name, of `*.down_proj:avg_bits=6.25`. Raises BadParameter for what is none, and for a
+    second one of the same."""
     found: dict[str, dict[str, float | str]] = {}
     for text in texts:
         # A pattern may have colons of its own: kind:embedding.
@@ -55,18 +59,21 @@ def limits(texts: list[str]) -> dict[str, dict[str, float | str]]:
         pattern, _, name = place.rpartition(":")
         if not (pattern and name and value):
             raise typer.BadParameter(f"'{text}' is not PATTERN:NAME=VALUE", param_hint="--limit")
-        found.setdefault(pattern, {})[name] = number(value, name, "--limit")
+        _add(found.setdefault(pattern, {}), name, number(value, name, "--limit"), "--limit", f"{pattern}:{name}")
     return found
 
 
 def pins(texts: list[str]) -> dict[str, str]:
-    """Schemes by pattern, of `*.down_proj=w8a16g64`. Raises BadParameter for what is none."""
-    # A pattern may have an equals sign of its own; a scheme has none.
-    pairs = [text.rpartition("=") for text in texts]
-    for pattern, equals, scheme in pairs:
+    """Schemes by pattern, of `*.down_proj=w8a16g64`. Raises BadParameter for what is none, and for a second one of the
+    same pattern."""
+    found: dict[str, str] = {}
+    for text in texts:
+        # A pattern may have an equals sign of its own; a scheme has none.
+        pattern, equals, scheme = text.rpartition("=")
         if not (pattern and equals and scheme):
-            raise typer.BadParameter(f"'{pattern}{equals}{scheme}' is not PATTERN=SCHEME", param_hint="--pin")
-    return {pattern: scheme for pattern, _, scheme in pairs}
+            raise typer.BadParameter(f"'{text}' is not PATTERN=SCHEME", param_hint="--pin")
+        _add(found, pattern, scheme, "--pin")
+    return found
 
 
 def number(text: str, name: str, option: str) -> float | str:
@@ -138,3 +145,10 @@ def _finite(text: str) -> float:
 
 def _documents(body: dict[str, Any], over: dict[str, Any], name: str) -> bool:
     return isinstance(body[name], dict) and isinstance(over[name], dict)
+
+
+def _add(found: dict[str, Value], name: str, value: Value, option: str, called: str = "") -> None:
+    if name in found:
+        told = f"{called or name} is given twice, {found[name]} and {value}; accepted: each once"
+        raise typer.BadParameter(told, param_hint=option)
+    found[name] = value

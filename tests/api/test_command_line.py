@@ -142,3 +142,18 @@ def test_what_a_shell_would_expand_is_quoted() -> None:
 def test_a_budget_may_be_its_amount(typed_budget: str, budgets: dict[str, float]) -> None:
     result = CliRunner().invoke(app, ["search", "m", "-b", typed_budget, "--dry-run"])
     assert json.loads(result.stdout) == {"model": "m", "budgets": budgets}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["-b", "avg_bits=4", "-b", "avg_bits=5"], "avg_bits is given twice, 4.0 and 5.0"),
+        (["-b", "avg_bits=4", "-b", "4.5bits"], "avg_bits is given twice, 4.0 and 4.5"),
+        (["--limit", "*:avg_bits=6", "--limit", "*:avg_bits=3"], "*:avg_bits is given twice, 6.0 and 3.0"),
+        (["--pin", "*query=w4a16", "--pin", "*query=w8a16"], "*query is given twice, w4a16 and w8a16"),
+    ],
+)
+def test_what_is_given_twice_is_refused_and_not_silently_the_last(options: list[str], told: str) -> None:
+    result = CliRunner().invoke(app, ["search", "m", "-b", "size_mb=70", *options, "--dry-run"])
+    assert result.exit_code == 2
+    assert told in " ".join(result.output.replace("│", " ").split())

@@ -44,6 +44,18 @@ def test_the_same_budget_twice_is_refused_like_the_tighter() -> None:
     check_feasible(COSTS, [*two[:1], *cost_bounds({"avg_bits": 4.5})])
 
 
+def test_of_several_infeasible_budgets_each_is_named_with_its_smallest_feasible_value() -> None:
+    bounds = cost_bounds({"avg_bits": 0.1, "size_mb": 1e-6})
+    with pytest.raises(InfeasibleBudget) as refused:
+        check_feasible(COSTS, bounds)
+    problem = refused.value.problem()
+    least = problem["accepted"]["minimum"]
+    assert problem["field"] == "budgets"
+    assert problem["value"] == {"avg_bits": 0.1, "size_mb": 1e-6}
+    check_feasible(COSTS, cost_bounds(least))
+    assert all(f"{least[name]:g}" in problem["detail"] for name in ("avg_bits", "size_mb"))
+
+
 def test_contradictory_budgets_are_refused_with_what_each_could_be() -> None:
     # Small in bytes is dear in bit operations, and the reverse.
     costs = {

@@ -235,6 +235,23 @@ def test_uniform_configurations_that_break_a_limit_stand_in_the_way_of_none(shar
     )
 
 
+def test_where_no_loss_is_small_enough_the_least_within_the_other_budgets_is_told(shared: Engine) -> None:
+    search = ask(shared, budgets={"avg_bits": 4.5, "loss_increase": 1e-9}, optimizer={"points": 4, "evaluations": 8})
+    work(shared)
+    kept = [one.loss for one in candidates(shared, search.id) if one.loss and one.costs["avg_bits"] <= 4.5]
+    assert f"the least measured loss of those that keep the others is {min(kept):.3g}" in _notices(shared, search.id)
+
+
+def test_evaluations_that_the_uniform_configurations_use_up_are_told_of(shared: Engine) -> None:
+    search = ask(shared, optimizer={"points": 4, "evaluations": 2})
+    work(shared)
+    assert "optimizer.evaluations is 2: the 4 uniform configurations" in _notices(shared, search.id)
+
+
+def _notices(engine: Engine, search_id: int) -> str:
+    return "; ".join(str(event.data) for event in events_after(engine, search_id, 0) if event.kind == "notice")
+
+
 def test_the_same_request_gives_the_same_frontier(shared: Engine, finished: Search, digits: Engine) -> None:
     """Where nothing of the first is known, too."""
     second = ask(digits)
