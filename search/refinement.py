@@ -158,9 +158,7 @@ class Refinement:
         new = self._new(choices)[: self.left]
         if not new:
             return []
-        return self._told(
-            new, "refined", [self._rival(choice) for choice in new], fitted or self.surrogate(), expansions
-        )
+        return self._told(new, "refined", self._rivals(new), fitted or self.surrogate(), expansions)
 
     def best(self, level: float) -> Trial | None:
         """Of the wholly measured configurations within all bounds and `level` that of least loss."""
@@ -214,11 +212,13 @@ class Refinement:
         known = {trial.choice.tobytes() for trial in self.trials}
         return list({key: choice for choice in choices if (key := choice.tobytes()) not in known}.values())
 
-    def _rival(self, choice: Choice) -> Trial | None:
-        """The wholly measured configuration within all bounds of least loss among those that cost no more."""
-        total = self.sweep.totals([choice])[0]
-        cheaper = [trial for trial, cost in self._whole() if cost <= total]
-        return min(cheaper, key=lambda trial: trial.loss, default=None)
+    def _rivals(self, choices: Sequence[Choice]) -> list[Trial | None]:
+        """Of each, the wholly measured configuration within all bounds of least loss among those that cost no more."""
+        whole = self._whole()
+        return [
+            min((trial for trial, cost in whole if cost <= total), key=lambda trial: trial.loss, default=None)
+            for total in self.sweep.totals(choices)
+        ]
 
     def _whole(self) -> list[tuple[Trial, float]]:
         """What is measured on all the calibration data and within all bounds, and what it costs along the axis."""

@@ -214,7 +214,7 @@ class Measuring:
         if trial.expected is None:
             return {}
         (mean, deviation), measured = trial.expected, len(trial.samples)
-        shift, beside = 0.0, np.full(measured, 1 / measured)
+        shift, beside = 0.0, _shares(np.ones(measured))
         if self._anchors:
             logs = sorted(self._anchors)
             weights = np.array([np.interp(mean, logs, one) for one in np.eye(len(logs))])

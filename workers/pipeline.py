@@ -113,7 +113,8 @@ def measure_baselines(measuring: Measuring, refinement: Refinement) -> None:
     """The uniform configurations: what everything is compared with, and what first corrects the predictions."""
     uniform = baselines(measuring.profile.space)
     measuring.enter("baselines", 2 * len(uniform))
-    if (asked := measuring.run.request.optimizer.evaluations) <= len(uniform):
+    if refinement.left <= len(uniform):
+        asked = measuring.run.request.optimizer.evaluations
         measuring.run.notice(
             f"optimizer.evaluations is {asked}: the {len(uniform)} uniform configurations, which are measured in any "
             "case, leave none for others"

@@ -13,12 +13,12 @@ import typer
 
 from api.commands.console import WrongUse
 
+Value = TypeVar("Value")
+
 UNITS = {"bits": ("avg_bits", 1.0), "MB": ("size_mb", 1.0), "GB": ("size_mb", 1e3), "ms": ("latency_ms", 1.0)}
 """A budget may be its amount: 70MB is size_mb=70."""
 MOST_DEPTH = 50
 """A request is nested so deep at most, far deeper than any that is accepted."""
-Value = TypeVar("Value")
-
 AMOUNT = re.compile(rf"([0-9]+(?:\.[0-9]+)?) ?({'|'.join(UNITS)})")
 
 
